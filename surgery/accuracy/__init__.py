@@ -1,0 +1,1 @@
+"""Accuracy: claims run on real samples, compared with Polygraphy, and said as verdicts."""

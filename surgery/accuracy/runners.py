@@ -1,0 +1,180 @@
+"""Polygraphy runners for programs: one model, a model fed through a claim's maps, a host loop, PyTorch."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
+from polygraphy.logger import G_LOGGER
+
+from surgery.claims import AnyProgram, Claim, HostLoop, Program
+from surgery.errors import StepFailed
+from surgery.runtime.loops import LOOPS, Callee
+from surgery.runtime.sessions import open_session
+
+Arrays = dict[str, np.ndarray]
+
+
+class Runnable(Protocol):
+    """Something that runs on named arrays."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs that must be fed."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the outputs by name."""
+
+
+class ModelProgram:
+    """A model in a session of ours, in Polygraphy's ONNX Runtime runner.
+
+    All graph optimizations are off, nothing is prepacked, there is one provider and a fixed number of threads: with any
+    of these otherwise, equal graphs may differ in the last bits.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.session = open_session(model)
+        self._inputs = tuple(value.name for value in self.session.get_inputs())
+        self._runner = OnnxrtRunner(self.session)
+        self._runner.activate()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs that must be fed."""
+        return self._inputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the outputs by name; ONNX Runtime itself refuses a feed of the wrong type or rank."""
+        return dict(self._runner.infer({name: feeds[name] for name in self._inputs}, check_inputs=False))
+
+    def close(self) -> None:
+        """Let go of the session."""
+        self._runner.deactivate()
+
+
+class LoopProgram:
+    """A host loop over the models of a bundle."""
+
+    def __init__(self, loop: HostLoop, models: Mapping[str, ModelProgram], generation_config: Mapping[str, Any]) -> None:
+        self._run = LOOPS[loop.name]
+        self._models = {role: Callee(model.inputs, model.run) for role, model in models.items()}
+        self._config = generation_config
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs."""
+        return ("input_ids", "attention_mask", "max_new_tokens")
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Return `sequences`."""
+        return self._run(self._models, feeds, self._config)
+
+
+class Reference(Protocol):
+    """What the source was exported from, to judge the export itself."""
+
+    def run(self, role: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs that the model of a role should give."""
+
+
+class ReferenceProgram:
+    """One role of a reference."""
+
+    def __init__(self, reference: Reference, role: str, inputs: tuple[str, ...]) -> None:
+        self._reference = reference
+        self._role = role
+        self._inputs = inputs
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs."""
+        return self._inputs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the outputs by name."""
+        return self._reference.run(self._role, dict(feeds))
+
+
+class ProgramRunner(BaseRunner):  # type: ignore[misc]
+    """Runs a program in Polygraphy's Comparator, fed through the maps of a claim.
+
+    Polygraphy coerces every feed to what a runner says of its inputs: it pairs names loosely and casts types. So each
+    runner here says what the samples are, and a candidate whose inputs have changed meets them as they are.
+    """
+
+    def __init__(self, program: Runnable, name: str, metadata: TensorMetadata, claim: Claim | None = None) -> None:
+        super().__init__(name=name, prefix="surgery")
+        self._program = program
+        self._metadata = metadata
+        self._claim = claim
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """Return the names and types of the samples."""
+        return self._metadata
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        """Map the feeds and run."""
+        start = time.perf_counter()
+        feeds = self._claim.feed(feed_dict, self._program.inputs) if self._claim else feed_dict
+        outputs = OrderedDict(self._program.run(feeds))
+        self.inference_time = time.perf_counter() - start
+        return outputs
+
+
+def metadata_of(arrays: Mapping[str, np.ndarray]) -> TensorMetadata:
+    """Return Polygraphy's description of a sample: names, types, ranks."""
+    metadata = TensorMetadata()
+    for name, array in arrays.items():
+        metadata.add(name, dtype=DataType.from_dtype(array.dtype), shape=[None] * array.ndim)
+    return metadata
+
+
+class Programs:
+    """Opens the programs of bundles and keeps those sessions that are still of use."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, ModelProgram] = {}
+
+    def model(self, model: ir.Model, identity: str) -> ModelProgram:
+        """Return a model's program; models that are identical share a session."""
+        if identity not in self._open:
+            self._open[identity] = ModelProgram(model)
+        return self._open[identity]
+
+    def program(
+        self, program: AnyProgram, models: Mapping[str, ir.Model], identities: Mapping[str, str], config: Mapping[str, Any]
+    ) -> Runnable:
+        """Return a program over some models.
+
+        Raises:
+            StepFailed: It runs a model that is not there.
+        """
+        missing = [role for role in program.roles if role not in models]
+        if missing:
+            raise StepFailed(f"the claim on {program} runs {missing[0]!r}, which the bundle does not have")
+        opened = {role: self.model(models[role], identities[role]) for role in program.roles}
+        if isinstance(program, Program):
+            return opened[program.role]
+        return LoopProgram(program, opened, config)
+
+    def forget_all_but(self, identities: set[str]) -> None:
+        """Close the sessions of models that are not among these."""
+        for identity in set(self._open) - identities:
+            self._open.pop(identity).close()
+
+
+@contextmanager
+def quiet_polygraphy() -> Iterator[None]:
+    """Keep Polygraphy from printing: what it finds is said by verdicts."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        yield

@@ -1,0 +1,271 @@
+"""The command line: run, plan, passes, schema."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from surgery.manager import StepRecord, Stopped
+    from surgery.pipeline import Result
+    from surgery.recipe import Recipe
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Graph surgery for ONNX transformer models: passes in a line, each checked for what it did to the answers.",
+    epilog="Exit codes: 0 done; 1 inaccurate or refused; 2 the recipe or the command is wrong; 3 a model file is "
+    "malformed or unsafe.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads annotations at run time
+    typer.Option("--set", metavar="KEY=VALUE", help="Override an option: check.seed=3, steps.1.min_bytes=64."),
+]
+SourceOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--source", help="Take this source instead; relative to the current directory."),
+]
+OutOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--out", help="Write to this folder instead; relative to the current directory."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def run(
+    recipe_file: RecipeFile,
+    settings: Settings = None,
+    source: SourceOption = None,
+    out: OutOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Check nothing: neither validity nor answers.")] = False,
+    keep_steps: Annotated[
+        bool, typer.Option("--keep-steps", help="Save the models after every step beside the output, in OUT.steps.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a recipe: open the source, apply each step, check it, save the result."""
+    from surgery.pipeline import refuse_taken_output, run_recipe, save_result
+    from surgery.recipe import load_recipe
+
+    console = _console()
+    with _errors_said(console, debug):
+        recipe = load_recipe(recipe_file, settings=settings or (), source=source, out=out)
+        if overwrite and recipe.output is not None:
+            recipe = _overwriting(recipe)
+        refuse_taken_output(recipe)
+        steps_folder = _steps_folder(recipe) if keep_steps else None
+        with console.status("starting") as status:
+
+            def say(text: str) -> None:
+                status.update(text)
+
+            with _rescuing(console, recipe):
+                result = run_recipe(
+                    recipe,
+                    is_checked=not no_check,
+                    show=lambda record: _show(console, record),
+                    say=say,
+                    keep_steps=steps_folder,
+                )
+        with result:
+            _summarise(console, result)
+            if recipe.output is not None:
+                folder, files = save_result(result, recipe.output, recipe.folder)
+                _list_files(console, folder, files)
+            if steps_folder is not None:
+                console.print(f"every step: {_short(steps_folder)}")
+
+
+@app.command()
+def plan(
+    recipe_file: RecipeFile,
+    settings: Settings = None,
+    source: SourceOption = None,
+    out: OutOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Check a recipe and show what it would do; no model is opened."""
+    from rich.table import Table
+
+    from surgery.pipeline import plan_recipe
+    from surgery.recipe import load_recipe
+
+    console = _console()
+    with _errors_said(console, debug):
+        recipe = load_recipe(recipe_file, settings=settings or (), source=source, out=out)
+        roles, planned = plan_recipe(recipe)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("#", "step", "effect", "models after it", "options"):
+            table.add_column(heading)
+        table.add_row("0", "source", "", ", ".join(roles), recipe.source.path)
+        for entry in planned:
+            pass_ = entry.step.pass_
+            options = pass_.model_dump(exclude_unset=True, by_alias=True)
+            said = ", ".join(f"{name}: {value}" for name, value in options.items())
+            table.add_row(str(entry.step.number), entry.step.word, pass_.effect.value, ", ".join(entry.roles), said)
+        console.print(table)
+        if recipe.output is not None:
+            console.print(f"output: {_short(recipe.folder / recipe.output.folder)}, layout {recipe.output.layout}")
+
+
+@app.command()
+def passes(
+    name: Annotated[Optional[str], typer.Argument(help="A pass to explain.", show_default=False)] = None,  # noqa: UP045
+    debug: DebugOption = False,
+) -> None:
+    """List the passes, or explain one with its options."""
+    from surgery import registry
+    from surgery.report.manual import list_passes, pass_page
+
+    console = _console()
+    with _errors_said(console, debug):
+        if name is None:
+            console.print(list_passes())
+        else:
+            console.print(pass_page(name, registry.find(name, Path.cwd())), highlight=False)
+
+
+@app.command()
+def schema(debug: DebugOption = False) -> None:
+    """Print the JSON schema of recipes, with which editors complete and check them."""
+    import json
+
+    from surgery.report.manual import recipe_schema
+
+    with _errors_said(_console(), debug):
+        typer.echo(json.dumps(recipe_schema(), indent=1))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+    return Console(soft_wrap=False, width=width, highlight=False)
+
+
+@contextmanager
+def _errors_said(console: Console, debug: bool) -> Iterator[None]:
+    """Say errors in a sentence on standard error and leave with their exit code."""
+    from surgery.errors import SurgeryError
+
+    try:
+        yield
+    except SurgeryError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        typer.echo("interrupted: nothing was written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"error: {type(error).__name__}: {error}\n  try: --debug shows where", err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _rescuing(console: Console, recipe: Recipe) -> Iterator[None]:
+    """When a step stops the run, save its input and the rest of the recipe before the error is said."""
+    from surgery.manager import Stopped
+
+    try:
+        yield
+    except Stopped as error:
+        if error.step is not None:
+            _rescue(console, recipe, error)
+        raise
+
+
+def _rescue(console: Console, recipe: Recipe, stopped: Stopped) -> None:
+    from surgery.errors import SurgeryError
+    from surgery.pipeline import rescue
+
+    assert stopped.step is not None
+    folder = _stopped_folder(recipe)
+    try:
+        saved = rescue(recipe, stopped.step.number, stopped.bundle, folder)
+    except (SurgeryError, OSError) as error:
+        typer.echo(f"the input of {stopped.step} could not be saved: {error}", err=True)
+        return
+    typer.echo(f"the input of {stopped.step} is saved; to go on from there: python -m surgery run {_short(saved)}", err=True)
+
+
+def _stopped_folder(recipe: Recipe) -> Path:
+    if recipe.output is not None:
+        target = (recipe.folder / recipe.output.folder).resolve()
+        return target.with_name(f"{target.name}.stopped")
+    assert recipe.path is not None
+    return Path.cwd() / f"{recipe.path.stem}.stopped"
+
+
+def _steps_folder(recipe: Recipe) -> Path:
+    from surgery.errors import RecipeError
+
+    if recipe.output is None:
+        raise RecipeError("--keep-steps needs an output folder", hint="--out FOLDER")
+    target = (recipe.folder / recipe.output.folder).resolve()
+    return target.with_name(f"{target.name}.steps")
+
+
+def _overwriting(recipe: Recipe) -> Recipe:
+    from dataclasses import replace
+
+    assert recipe.output is not None
+    return replace(recipe, output=recipe.output.model_copy(update={"overwrite": True}))
+
+
+def _show(console: Console, record: StepRecord) -> None:
+    """Print one line for a step that is done."""
+    gap = ""
+    if record.verdict is not None and record.verdict.step is not None:
+        gap = f": gap to PyTorch {record.verdict.step}" if record.is_source else f": {record.verdict.step}"
+    seconds = f"{record.seconds + record.check_seconds:.1f} s"
+    change = "opened" if record.is_source else record.change.summary or "nothing to do"
+    console.print(f"step {record.number} {record.word}{gap}; {change} ({seconds})", markup=False)
+
+
+def _summarise(console: Console, result: Result) -> None:
+    from surgery.report.ledger import coverage_lines, ledger_table
+
+    console.print()
+    console.print(ledger_table(result.records))
+    lines = coverage_lines(result.records)
+    if lines:
+        console.print("\nchecked on")
+        for line in lines:
+            console.print(f"  {line}", markup=False)
+    for record in result.records:
+        for warning in record.warnings:
+            console.print(f"warning: {record.name}: {warning}", markup=False)
+    for answer in result.answers:
+        console.print(f"\n{answer.prompt} -> {answer.text}", markup=False)
+
+
+def _list_files(console: Console, folder: Path, files: list) -> None:  # type: ignore[type-arg]
+    from surgery.report.ledger import in_bytes
+
+    console.print(f"\nsaved to {_short(folder)}")
+    for file in files:
+        console.print(f"  {file.name}  {in_bytes(file.bytes)}", markup=False)
+
+
+def _short(path: Path) -> str:
+    """Return a path as one would type it from the current directory."""
+    resolved = path.resolve()
+    return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(resolved)

@@ -1,0 +1,89 @@
+"""What onnx_ir leaves to its users: walking every graph of a model, fresh names, lifting weights to an outer scope."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+
+def graphs_of(main: ir.Graph) -> Iterator[ir.Graph]:
+    """Yield a graph and all graphs nested in it, the outer ones first."""
+    yield main
+    yield from main.subgraphs()
+
+
+def value_names(main: ir.Graph) -> Counter[str]:
+    """Return how often each value name is given in a graph and the graphs nested in it."""
+    names: Counter[str] = Counter()
+    for graph in graphs_of(main):
+        own = {*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)}
+        names.update(value.name for value in own if value.name)
+    return names
+
+
+def fresh_name(wish: str, taken: Counter[str]) -> str:
+    """Return a name that no scope of the model has, and note it as taken."""
+    name, number = wish, 0
+    while taken[name]:
+        number += 1
+        name = f"{wish}_{number}"
+    taken[name] += 1
+    return name
+
+
+def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """Return what a `Constant` node gives, None for other nodes and for strings and sparse tensors."""
+    if node.op_type != "Constant" or node.domain != "" or len(node.attributes) != 1:
+        return None
+    (attribute,) = node.attributes.values()
+    if attribute.is_ref():
+        return None
+    if attribute.name == "value":
+        return attribute.as_tensor()
+    if attribute.name in ("value_floats", "value_float"):
+        return ir.tensor(np.array(attribute.value, dtype=np.float32))
+    if attribute.name in ("value_ints", "value_int"):
+        return ir.tensor(np.array(attribute.value, dtype=np.int64))
+    return None
+
+
+def constant_to_initializer(value: ir.Value, home: ir.Graph, name: str) -> ir.Value:
+    """Put what a `Constant` node gives into a graph as an initializer, let it serve all uses, and remove the node."""
+    node = value.producer()
+    assert node is not None
+    assert node.graph is not None
+    tensor = constant_tensor(node)
+    assert tensor is not None
+    made = _initializer(name, tensor, value)
+    ir.convenience.replace_all_uses_with(value, made)
+    node.graph.remove(node, safe=True)
+    home.register_initializer(made)
+    return made
+
+
+def lift_initializer(value: ir.Value, main: ir.Graph, name: str) -> ir.Value:
+    """Move an initializer of a nested graph to the main graph, where all graphs can see it."""
+    tensor = value.const_value
+    assert tensor is not None
+    assert value.name is not None
+    assert value.graph is not None
+    made = _initializer(name, tensor, value)
+    ir.convenience.replace_all_uses_with(value, made)
+    del value.graph.initializers[value.name]
+    main.register_initializer(made)
+    return made
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol, origin: ir.Value) -> ir.Value:
+    made = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape),
+        doc_string=origin.doc_string,
+        const_value=tensor,
+    )
+    made.metadata_props.update(origin.metadata_props)
+    return made

@@ -1,0 +1,248 @@
+"""Pipelines: a source, steps and checks put together and run, from Python or from a recipe."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from surgery.bundle import Bundle
+from surgery.contract import Pass
+from surgery.errors import Inaccurate, OutputError, SurgeryError
+from surgery.manager import Manager, PlannedStep, StepRecord, Watcher, plan
+from surgery.recipe import Check, Output, Recipe, Source, Step
+from surgery.registry import find, word_of
+from surgery.sources import Opened, find_source
+
+if TYPE_CHECKING:
+    from surgery.runtime.prompts import Answer
+    from surgery.storage import SavedFile
+
+Show = Callable[[StepRecord], None]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What a run gave.
+
+    Args:
+        bundle: The models; tensors that passes made may live in files of the run until they are saved.
+        records: The ledger: line 0 is the source, then one for each step.
+        answers: What the finished bundle said to the recipe's prompts.
+    """
+
+    bundle: Bundle
+    records: list[StepRecord]
+    answers: list[Answer] = field(default_factory=list)
+    source: str = ""
+    inputs: tuple[Path, ...] = ()
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def save(
+        self, folder: str | Path, *, layout: str = "optimum", overwrite: bool = False, report: bool = True
+    ) -> list[SavedFile]:
+        """Write the models, what travels along, and `report.json` to a folder, all at once or not at all.
+
+        Args:
+            folder: The folder; new, unless `overwrite`.
+            layout: `optimum`, `shared` or `single`, as in a recipe.
+            overwrite: Replace what an earlier run has written there; files that are not ours stay.
+            report: Write `report.json` too.
+
+        Raises:
+            OutputError: The folder is taken, is the source itself, or the disk is full.
+        """
+        from surgery.report.ledger import report_json
+        from surgery.storage import save_models
+
+        extras = dict(self.bundle.files)
+        if report:
+            extras["report.json"] = report_json(self).encode()
+        options = Output(folder=Path(folder), layout=layout, overwrite=overwrite)  # type: ignore[arg-type]
+        return save_models(
+            self.bundle.models,
+            options.folder,
+            layout=options.layout,
+            extras=extras,
+            overwrite=options.overwrite,
+            protected=self.inputs,
+        )
+
+    def table(self) -> str:
+        """Return the ledger as text."""
+        from surgery.report.ledger import ledger_text
+
+        return ledger_text(self.records)
+
+    def __enter__(self) -> Result:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.scratch is not None:
+            self.scratch.cleanup()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order, and how their results are checked.
+
+    Args:
+        passes: Passes, or the words of passes that need no options.
+        check: Tolerances and feeds; `None` checks nothing.
+    """
+
+    passes: Sequence[Pass | str]
+    check: Check | None = field(default_factory=Check)
+
+    def run(self, source: str | Path | Bundle, *, opset: int | None = None, progress: Say = lambda text: None) -> Result:
+        """Run the passes over a source.
+
+        Args:
+            source: What a recipe takes as `source`, relative to the current directory, or a bundle.
+            opset: The opset at which a Hugging Face model is exported.
+            progress: Takes a sentence to show while something works.
+
+        Raises:
+            SurgeryError: What stopped the run.
+        """
+        steps = [_as_step(number, pass_) for number, pass_ in enumerate(self.passes, 1)]
+        options = Source(path=str(source), opset=opset) if not isinstance(source, Bundle) else None
+        recipe = Recipe(options or Source(path="(a bundle)"), tuple(steps), self.check or Check())
+        given = source if isinstance(source, Bundle) else None
+        return run_recipe(recipe, is_checked=self.check is not None, say=progress, bundle=given)
+
+
+def _as_step(number: int, pass_: Pass | str) -> Step:
+    made = find(pass_, Path())() if isinstance(pass_, str) else pass_
+    return Step(number, pass_ if isinstance(pass_, str) else word_of(made), made)
+
+
+def plan_recipe(recipe: Recipe) -> tuple[tuple[str, ...], list[PlannedStep]]:
+    """Return the source's roles and the planned steps; no model is opened."""
+    roles = find_source(recipe.source, recipe.folder).roles
+    return roles, plan(recipe.steps, roles, recipe.folder)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    is_checked: bool = True,
+    show: Show = lambda record: None,
+    say: Say = lambda text: None,
+    keep_steps: Path | None = None,
+    bundle: Bundle | None = None,
+) -> Result:
+    """Run a recipe, without saving its result.
+
+    Args:
+        recipe: The recipe.
+        is_checked: Check validity and accuracy after every step.
+        show: Called with each line of the ledger as it is done.
+        say: Takes a sentence to show while something works.
+        keep_steps: A new folder for the models after every step.
+        bundle: An opened source; None opens the recipe's.
+
+    Raises:
+        Stopped: A step stopped the run; the bundle before it is in the error.
+        SurgeryError: The source cannot be opened, or the recipe does not fit it.
+    """
+    from surgery.accuracy.judge import Judge
+    from surgery.watchers import Accuracy, Ledger, Snapshots, Validity
+
+    kind = None if bundle is not None else find_source(recipe.source, recipe.folder)
+    plan(recipe.steps, tuple(bundle.models) if bundle is not None else kind.roles, recipe.folder)  # type: ignore[union-attr]
+    scratch = tempfile.TemporaryDirectory(prefix="surgery-", ignore_cleanup_errors=True)
+    ledger = Ledger(show)
+    ledger.starting(0, "source")
+    say(f"opening {recipe.source.path}")
+    opened = Opened(bundle) if bundle is not None else kind.open(Path(scratch.name), say)  # type: ignore[union-attr]
+    judge = Judge(opened.bundle, recipe.check, opened.reference, recipe.folder)
+    watchers: list[Watcher] = [Validity(), Accuracy(judge)] if is_checked else []
+    snapshots = Snapshots()
+    manager = Manager(judge, [*watchers, snapshots, ledger], recipe.check, Path(scratch.name), say)
+    try:
+        manager.open(opened.bundle)
+        finished = manager.run(opened.bundle, recipe.steps)
+    finally:
+        if keep_steps is not None:
+            say("saving every step")
+            snapshots.save(keep_steps)
+    result = Result(finished, ledger.records, [], recipe.source.path, opened.inputs, scratch)
+    if recipe.check.prompts and is_checked:
+        result.answers = _ask(recipe.check, judge, opened.bundle, finished)
+    return result
+
+
+def _ask(check: Check, judge: Judge_, source: Bundle, finished: Bundle) -> list[Answer]:
+    """Let the finished bundle continue the recipe's prompts.
+
+    Raises:
+        Inaccurate: It does not continue one as the source does.
+    """
+    from surgery.runtime.prompts import answer
+
+    asked = answer(finished, check.prompts, check.max_new_tokens, judge.run)
+    wanted = answer(source, check.prompts, check.max_new_tokens, judge.run)
+    for got, want in zip(asked, wanted, strict=True):
+        if got.tokens != want.tokens:
+            raise Inaccurate(f"the prompt {got.prompt!r} is continued by {got.text!r}, by the source with {want.text!r}")
+    return asked
+
+
+def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path, inputs: Sequence[Path] = ()) -> Path:
+    """Save the input of a step that failed and the rest of the recipe, so that one command runs it again.
+
+    Args:
+        recipe: The recipe that stopped.
+        number: The step at which it stopped.
+        bundle: What that step was given.
+        folder: Where to save; an earlier rescue there is replaced.
+        inputs: What must not be written to.
+
+    Returns:
+        The saved recipe.
+    """
+    from surgery.report.rest import rest_of_recipe
+    from surgery.storage import save_models
+
+    text = rest_of_recipe(recipe, number)
+    save_models(
+        bundle.models,
+        folder,
+        layout="shared",
+        extras={**bundle.files, "recipe.yaml": text.encode()},
+        overwrite=True,
+        protected=tuple(inputs),
+    )
+    return folder / "recipe.yaml"
+
+
+def save_result(result: Result, output: Output, folder: Path) -> tuple[Path, list[SavedFile]]:
+    """Save a result where the recipe says.
+
+    Raises:
+        OutputError: As `Result.save`.
+    """
+    target = folder / output.folder
+    return target, result.save(target, layout=output.layout, overwrite=output.overwrite)
+
+
+def refuse_taken_output(recipe: Recipe) -> None:
+    """Find out before the work is done that its result could not be saved.
+
+    Raises:
+        OutputError: The folder exists and may not be replaced.
+    """
+    if recipe.output is None or recipe.output.overwrite:
+        return
+    target = recipe.folder / recipe.output.folder
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists already", hint="--overwrite, or another --out")
+
+
+Judge_ = Any
+__all__ = ["Pipeline", "Result", "SurgeryError", "plan_recipe", "rescue", "run_recipe", "save_result"]

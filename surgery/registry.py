@@ -1,0 +1,182 @@
+"""Where passes come from: files of the package `passes`, the entry-point group `surgery.passes`, or `module:Class`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from surgery.contract import Pass
+from surgery.errors import RecipeError
+from surgery.options import did_you_mean
+
+GROUP = "surgery.passes"
+PACKAGE = "passes"
+HOME = Path(__file__).resolve().parent.parent / PACKAGE
+
+
+def register(cls: type[Pass]) -> type[Pass]:
+    """Check that a pass is where its recipe word says: class `DedupWeights` in the file `dedup_weights.py`."""
+    word = cls.__module__.rpartition(".")[2]
+    if snake_case(cls.__name__) != word:
+        raise RecipeError(f"class {cls.__name__} must be in {snake_case(cls.__name__)}.py, it is in {word}.py")
+    return cls
+
+
+def snake_case(name: str) -> str:
+    """Return `dedup_weights` for `DedupWeights`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def word_of(pass_: Pass) -> str:
+    """Return the word by which recipes, tables and folders call a pass."""
+    return snake_case(type(pass_).__name__)
+
+
+def words() -> list[str]:
+    """Return the words of all passes that are installed, built in or from entry points; imports none of them."""
+    built_in = [module.name for module in pkgutil.iter_modules([str(HOME)])]
+    return sorted({*built_in, *(entry.name for entry in _entry_points())})
+
+
+def find(word: str, folder: Path) -> type[Pass]:
+    """Return the class of a pass.
+
+    Args:
+        word: A registered word, or `module:Class`.
+        folder: Where `module` is looked for first: the recipe's folder.
+
+    Raises:
+        RecipeError: There is no such pass, or it cannot be imported.
+    """
+    if ":" in word:
+        return as_pass_class(resolve(word, folder), word)
+    entry = next((entry for entry in _entry_points() if entry.name == word), None)
+    if entry is not None:
+        with _import_errors_of(f"the plug-in pass {word!r}"):
+            return as_pass_class(entry.load(), word)
+    if word not in words():
+        raise RecipeError(f"unknown pass {word!r}{did_you_mean(word, words())}")
+    module = importlib.import_module(f"{_built_in_package().__name__}.{word}")
+    classes = [cls for cls in vars(module).values() if _is_pass_of(cls, module)]
+    named = [cls for cls in classes if snake_case(cls.__name__) == word]
+    assert len(named) == 1, f"passes/{word}.py must hold the one class that its name says"
+    return named[0]
+
+
+def _is_pass_of(candidate: Any, module: ModuleType) -> bool:
+    return inspect.isclass(candidate) and issubclass(candidate, Pass) and candidate.__module__ == module.__name__
+
+
+def _entry_points() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=GROUP))
+
+
+def _built_in_package() -> ModuleType:
+    """Import `passes` from beside `surgery`, whatever folder of that name lies in the current directory."""
+    known = sys.modules.get(PACKAGE)
+    if known is not None and str(HOME) in list(getattr(known, "__path__", ())):
+        return known
+    if known is not None:
+        raise RecipeError(
+            f"another package named {PACKAGE!r} is imported, from {getattr(known, '__path__', '?')}",
+            hint="import surgery.registry before it, or rename it",
+        )
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, HOME / "__init__.py", submodule_search_locations=[str(HOME)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = package
+    spec.loader.exec_module(package)
+    return package
+
+
+def as_pass_class(found: Any, word: str) -> type[Pass]:
+    """Accept a `Pass`; wrap an `onnx_ir` pass; refuse anything else by saying what to write."""
+    from onnx_ir.passes import PassBase
+
+    from surgery.irpass import wrap_ir_pass
+
+    if inspect.isclass(found) and issubclass(found, Pass):
+        return found
+    if inspect.isclass(found) and issubclass(found, PassBase):
+        return wrap_ir_pass(found)
+    if inspect.isfunction(found):
+        raise RecipeError(f"{word!r} is a function, not a pass", hint=f"pass: graphsurgeon, function: {word}")
+    raise RecipeError(f"{word!r} is {found!r}, neither a surgery Pass nor an onnx_ir pass")
+
+
+def resolve(reference: str, folder: Path) -> Any:
+    """Return the object that `module:name` names, looked for in a folder first and among installed modules then.
+
+    Raises:
+        RecipeError: There is no such module or name, or the module cannot be imported.
+    """
+    module_name, _, name = reference.partition(":")
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reference):
+        raise RecipeError(f"{reference!r} is not of the form 'module:name'")
+    module = _load_module(module_name, folder)
+    if not hasattr(module, name):
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise RecipeError(f"module {module_name!r} has no {name!r}{did_you_mean(name, public)}")
+    return getattr(module, name)
+
+
+def _load_module(name: str, folder: Path) -> ModuleType:
+    stem = folder.joinpath(*name.split("."))
+    file = next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
+    with _import_errors_of(f"module {name!r} (looked for in {folder} and among installed modules)"):
+        if file is None:
+            return importlib.import_module(name)
+        return _load_file(file, folder)
+
+
+def _load_file(file: Path, folder: Path) -> ModuleType:
+    """Import a user's file under a name of its own, so that it can shadow nothing; its siblings are importable."""
+    name = "surgery_user_" + re.sub(r"\W", "_", str(file.resolve()))
+    known = sys.modules.get(name)
+    if known is not None:
+        return known
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(folder))
+    return module
+
+
+@contextlib.contextmanager
+def _import_errors_of(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"cannot import {what}: {type(error).__name__}: {error}") from error
+
+
+def givers(kind: type, folder: Path) -> list[str]:
+    """Return the words of the installed passes that give a fact of this type."""
+    return [word for word in words() if kind in find(word, folder).gives]
+
+
+Function = Callable[..., Any]

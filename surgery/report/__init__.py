@@ -1,0 +1,1 @@
+"""Reports: the ledger as a table and as JSON."""

@@ -1,0 +1,126 @@
+"""Host loops: generation that runs on the host, one call of a model for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import SurgeryError
+
+Arrays = dict[str, np.ndarray]
+
+
+class Callee:
+    """A model that a host loop calls: what it takes, what it gives, and the call.
+
+    Args:
+        inputs: The names of its inputs.
+        call: Runs it on arrays by input name and returns arrays by output name.
+    """
+
+    def __init__(self, inputs: Sequence[str], call: Callable[[Arrays], Arrays]) -> None:
+        self.inputs = frozenset(inputs)
+        self.call = call
+
+    def __call__(self, feeds: Arrays) -> Arrays:
+        return self.call({name: array for name, array in feeds.items() if name in self.inputs})
+
+
+def greedy(models: Mapping[str, Callee], feeds: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Arrays:
+    """Continue prompts by the most likely token, as `transformers` does with `do_sample=False`.
+
+    Args:
+        models: `prefill` and `decode`, and `encoder` for an encoder-decoder.
+        feeds: `input_ids` and `attention_mask` int64 [batch, prompt], `max_new_tokens` int64 [].
+        config: The generation config: `eos_token_id`, `pad_token_id`, `decoder_start_token_id`.
+
+    Returns:
+        `sequences` int64 [batch, new tokens]: after its end a row holds the pad id.
+
+    Raises:
+        SurgeryError: The generation config lacks an id that the loop needs.
+    """
+    if "encoder" in models:
+        state, step = _start_encoder_decoder(models, feeds, config)
+    else:
+        state, step = _start_decoder(models, feeds)
+    ends = _end_ids(config)
+    pad = config.get("pad_token_id")
+    pad = pad if pad is not None else next(iter(ends), 0)
+    batch = feeds["input_ids"].shape[0]
+    running = np.ones(batch, dtype=bool)
+    tokens: list[np.ndarray] = []
+    for _ in range(int(feeds["max_new_tokens"])):
+        chosen = state["logits"][:, -1].argmax(axis=-1)  # [batch]
+        token = np.where(running, chosen, pad)
+        tokens.append(token)
+        running &= ~np.isin(token, list(ends))
+        if not running.any():
+            break
+        state = step(state, token[:, None])
+    sequences = np.stack(tokens, axis=1) if tokens else np.zeros((batch, 0))
+    return {"sequences": sequences.astype(np.int64)}
+
+
+LOOPS: Mapping[str, Callable[..., Arrays]] = {"greedy": greedy}
+
+Step = Callable[[Arrays, np.ndarray], Arrays]
+
+
+def _end_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    ends = config.get("eos_token_id")
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list) else [ends])
+
+
+def position_ids(mask: np.ndarray) -> np.ndarray:
+    """Return positions [batch, length] that count from the first token that is not padding."""
+    return np.maximum(np.cumsum(mask, axis=-1) - 1, 0).astype(np.int64)
+
+
+def past_feeds(inputs: frozenset[str], outputs: Arrays) -> Arrays:
+    """Return a step's outputs `present.*` as the next step's inputs `past_key_values.*`."""
+    renamed = {name.replace("present", "past_key_values", 1): array for name, array in outputs.items()}
+    return {name: array for name, array in renamed.items() if name in inputs}
+
+
+def _start_decoder(models: Mapping[str, Callee], feeds: Mapping[str, np.ndarray]) -> tuple[Arrays, Step]:
+    mask = feeds["attention_mask"].astype(np.int64)
+    first = {"input_ids": feeds["input_ids"], "attention_mask": mask, "position_ids": position_ids(mask)}
+    decode = models["decode"]
+
+    def step(state: Arrays, token: np.ndarray) -> Arrays:
+        longer = np.concatenate([state["attention_mask"], np.ones_like(token)], axis=1)
+        inputs = {
+            "input_ids": token,
+            "attention_mask": longer,
+            "position_ids": position_ids(longer)[:, -1:],
+            **past_feeds(decode.inputs, state),
+        }
+        return {**decode(inputs), "attention_mask": longer}
+
+    return {**models["prefill"](first), "attention_mask": mask}, step
+
+
+def _start_encoder_decoder(
+    models: Mapping[str, Callee], feeds: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> tuple[Arrays, Step]:
+    start = config.get("decoder_start_token_id", config.get("bos_token_id"))
+    if start is None:
+        raise SurgeryError("the generation config has no decoder_start_token_id, so nothing can be generated")
+    mask = feeds["attention_mask"].astype(np.int64)
+    encoded = models["encoder"]({"input_ids": feeds["input_ids"], "attention_mask": mask})
+    fixed = {"encoder_hidden_states": encoded["last_hidden_state"], "encoder_attention_mask": mask}
+    first = np.full((mask.shape[0], 1), start, dtype=np.int64)
+    decode = models["decode"]
+
+    def step(state: Arrays, token: np.ndarray) -> Arrays:
+        past = past_feeds(decode.inputs, state)
+        outputs = decode({"input_ids": token, **fixed, **past})
+        crossed = {name: array for name, array in state.items() if ".encoder." in name}
+        return {**crossed, **outputs}
+
+    return models["prefill"]({"input_ids": first, **fixed}), step

@@ -1,0 +1,107 @@
+"""ONNX Runtime sessions over models whose weights stay where they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from surgery.errors import ModelFileError
+from surgery.storage.region import memory_of
+from surgery.storage.skeleton import skeleton
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+# Log only what is fatal: the runtime's warnings are about its own optimizers.
+_ERRORS_ONLY = 3
+_VERSION_ERROR = re.compile(r"opset|IR version|is under development", re.IGNORECASE)
+
+
+def open_session(
+    model: ir.Model,
+    *,
+    optimize: bool = False,
+    prepacking: bool = False,
+    threads: int = 1,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> onnxruntime.InferenceSession:
+    """Open a session over a model in memory; its weights are neither copied nor serialised.
+
+    Args:
+        model: Any model; it stays as it is.
+        optimize: Let ONNX Runtime rewrite the graph. Off, what runs is what is written.
+        prepacking: Let kernels keep rearranged copies of constant weights. It costs memory, and changes the last bits:
+            the same MatMul by a computed weight is not rearranged.
+        threads: Threads within an operator; results are only comparable at the same number.
+        providers: Where to run, by preference.
+
+    Raises:
+        ModelFileError: If ONNX Runtime does not take the model.
+    """
+    import onnxruntime
+
+    content, weights = skeleton(model)
+    values = session_values(weights)
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = _ERRORS_ONLY
+    if not prepacking:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_external_initializers(list(values), list(values.values()))
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=list(providers), enable_fallback=0)
+    except Exception as error:
+        raise _refusal(error) from error
+    # The session points into these values, which point into the mapped files; ONNX Runtime keeps neither alive.
+    session.surgery_weights = values
+    return session
+
+
+def session_values(weights: Mapping[str, ir.TensorProtocol]) -> dict[str, onnxruntime.OrtValue]:
+    """Return the weights as ONNX Runtime's values, over the same memory."""
+    return {name: _value(tensor) for name, tensor in weights.items()}
+
+
+def _value(tensor: ir.TensorProtocol) -> onnxruntime.OrtValue:
+    import onnxruntime
+
+    stored = np.frombuffer(memory_of(tensor), dtype=np.uint8)
+    shape = tuple(tensor.shape.numpy())
+    dtype = tensor.dtype
+    if dtype.bitwidth < 8:
+        # The runtime wants an array of the logical shape and then reads only the packed bytes at its start (tested
+        # in tests/runtime); nobody else ever reads this view, which reaches beyond them.
+        view = np.lib.stride_tricks.as_strided(stored, shape, _dense_strides(shape), writeable=False)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(view, int(dtype))
+    native = _native(dtype)
+    if native is None:
+        view = stored.view(f"u{dtype.bitwidth // 8}").reshape(shape)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(view, int(dtype))
+    return onnxruntime.OrtValue.ortvalue_from_numpy(stored.view(native).reshape(shape))
+
+
+def _native(dtype: ir.DataType) -> np.dtype[Any] | None:
+    """Return numpy's own type, `None` for those it knows only through ml_dtypes."""
+    numpy_type = dtype.numpy()
+    return numpy_type if numpy_type.isbuiltin == 1 else None
+
+
+def _dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape)))
+
+
+def _refusal(error: Exception) -> ModelFileError:
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    sentence = re.split(r"(?<=[a-z)'\"])\. |\n", text, maxsplit=1)[0].strip()
+    hint = ""
+    if _VERSION_ERROR.search(sentence):
+        hint = "export for an older operator set: this ONNX Runtime does not know the model's"
+    return ModelFileError(f"ONNX Runtime refuses the model: {sentence}", hint=hint)

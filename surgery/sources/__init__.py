@@ -1,0 +1,74 @@
+"""Sources: where the models of a run come from; their roles are known before any model is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from surgery.bundle import Bundle
+from surgery.errors import RecipeError
+
+if TYPE_CHECKING:
+    from surgery.accuracy.runners import Reference
+    from surgery.recipe import Source
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An opened source.
+
+    Args:
+        bundle: Its models.
+        reference: What they were exported from, to judge the export; None for models that were files already.
+        inputs: The files and folders that must not be written to.
+    """
+
+    bundle: Bundle
+    reference: Reference | None = None
+    inputs: tuple[Path, ...] = ()
+
+
+class SourceKind(Protocol):
+    """A source that was recognised but not opened."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of the models that it will give."""
+
+    def open(self, scratch: Path, progress: Callable[[str], None]) -> Opened:
+        """Open the models; what has to be made on the way is put into the scratch folder."""
+
+
+def find_source(source: Source, folder: Path) -> SourceKind:
+    """Recognise a source; nothing but names and configs is read.
+
+    Args:
+        source: The recipe's source.
+        folder: What a relative path is relative to.
+
+    Raises:
+        RecipeError: There is no such file or folder, or it holds no model.
+    """
+    from surgery.sources.files import OnnxFile, OnnxFolder
+    from surgery.sources.pretrained import Pretrained
+
+    path = folder / source.path
+    if path.is_file():
+        return OnnxFile(path)
+    if path.is_dir() and any(path.glob("*.onnx")):
+        return OnnxFolder.recognise(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise RecipeError(
+            f"{path}: no model is in this folder",
+            hint="give a .onnx file, a folder of .onnx files, or a Hugging Face folder with config.json and weights",
+        )
+    if not path.is_dir() and _looks_like_a_path(source.path):
+        raise RecipeError(f"{path}: no such file or folder")
+    return Pretrained(str(path) if path.is_dir() else source.path, source.opset)
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """A Hub id is `name` or `owner/name`, without a suffix of a file."""
+    return text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith((".onnx", ".yaml", ".json"))

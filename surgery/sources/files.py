@@ -1,0 +1,106 @@
+"""Models that are files already: one .onnx file, or a folder of them as saved here or by Optimum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.bundle import Bundle
+from surgery.errors import RecipeError
+from surgery.sources import Opened
+from surgery.storage import open_model, role_of_file
+
+COMPANIONS = (
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A single model; its interface is its own."""
+
+    path: Path
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The one role `model`."""
+        return ("model",)
+
+    def open(self, scratch: Path, progress: Callable[[str], None]) -> Opened:
+        """Open the file."""
+        return Opened(Bundle({"model": open_model(self.path)}), inputs=(self.path,))
+
+
+@dataclass(frozen=True)
+class OnnxFolder:
+    """A folder whose files have the names that Optimum gives, or a single file of any name."""
+
+    folder: Path
+    files: Mapping[str, Path]
+
+    @classmethod
+    def recognise(cls, folder: Path) -> OnnxFolder:
+        """Find the role of each .onnx file by its name.
+
+        Raises:
+            RecipeError: Several files, and the role of one cannot be told.
+        """
+        found = sorted(folder.glob("*.onnx"))
+        if len(found) == 1:
+            role = role_of_file(found[0].name)
+            return cls(folder, {role or "model": found[0]})
+        files: dict[str, Path] = {}
+        for file in found:
+            role = role_of_file(file.name)
+            if role is None:
+                names = ", ".join(file.name for file in found)
+                raise RecipeError(
+                    f"{folder}: cannot tell the role of {file.name!r} among {names}",
+                    hint="name one .onnx file as the source, or rename the files as Optimum does",
+                )
+            files[role] = file
+        return cls(folder, files)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles by the files' names."""
+        return tuple(self.files)
+
+    def open(self, scratch: Path, progress: Callable[[str], None]) -> Opened:
+        """Open the files, and take along the configs and the tokenizer beside them."""
+        models = {role: open_model(file) for role, file in self.files.items()}
+        companions = {file.name: file for pattern in COMPANIONS for file in self.folder.glob(pattern) if file.is_file()}
+        bundle = Bundle(
+            models,
+            read_json(self.folder / "config.json"),
+            read_json(self.folder / "generation_config.json"),
+            companions,
+        )
+        return Opened(bundle, inputs=(self.folder,))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, empty if there is none.
+
+    Raises:
+        RecipeError: The file is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: not a JSON object")
+    return content

@@ -1,0 +1,608 @@
+"""Hugging Face models, local or from the Hub: exported to ONNX by role with `transformers.exporters`."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import importlib.metadata
+import io
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from surgery.errors import ModelFileError, OutputError, RecipeError, SurgeryError
+from surgery.sources.names import Axes, axes_of, flatten, nest
+from surgery.sources.torch_reference import DECODER_ONLY, ENCODER_DECODER, Architecture, TorchReference
+from surgery.storage.region import DataFile, Region
+
+# Those that were exported and compared with PyTorch. To add one: name it here and in the test.
+FAMILIES: Mapping[str, Architecture] = {
+    "gpt2": DECODER_ONLY,
+    "t5": ENCODER_DECODER,
+}
+
+DEFAULT_OPSET = 18
+OLDEST_OPSET = 18
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "chat_template.jinja",
+)
+HUB_TIMEOUT_SECONDS = 5.0
+INLINE_BYTES = 1024
+WEIGHTS_ALIGNMENT = 4096
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What comes out of an export.
+
+    Args:
+        models: The models by role; their weights are in one file of the scratch folder, each once.
+        config: The content of `config.json`.
+        generation_config: The content of `generation_config.json`, or what `transformers` makes of the config.
+        files: The configs and the tokenizer: what travels with the models, by file name.
+        reference: The PyTorch model that was exported.
+    """
+
+    models: dict[str, ir.Model]
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    files: dict[str, bytes | Path]
+    reference: TorchReference
+
+
+def roles_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the roles that a model with this `config.json` is exported as; imports no PyTorch.
+
+    Raises:
+        RecipeError: The architecture is not supported.
+    """
+    return _architecture_of(config).roles
+
+
+def read_config(path_or_id: str) -> dict[str, Any]:
+    """Return the `config.json` of a local folder or a model on the Hub.
+
+    Raises:
+        RecipeError: There is no such folder or model, or the Hub cannot be reached.
+        ModelFileError: `config.json` is missing or is not a JSON object.
+    """
+    return _Origin.of(path_or_id).config()
+
+
+def export(
+    path_or_id: str, *, opset: int | None = None, scratch: Path, progress: Progress | None = None
+) -> Exported:
+    """Export a model, each of its roles as one ONNX model with Optimum's names for inputs, outputs and free axes.
+
+    Args:
+        path_or_id: A local folder or a Hub id.
+        opset: The opset to export at; None for `DEFAULT_OPSET`.
+        scratch: A folder for the weights; it must live as long as the models.
+        progress: Is told what is being done.
+
+    Raises:
+        RecipeError: The architecture or the opset is not supported, or there is no such model.
+        ModelFileError: The model's files are missing or broken.
+        SurgeryError: PyTorch cannot export it.
+    """
+    tell = progress or _ignore
+    origin = _Origin.of(path_or_id)
+    config = origin.config()
+    architecture = _architecture_of(config)
+    opset = _checked_opset(opset)
+    _check_packages()
+    tell(f"loading {path_or_id}")
+    with quiet():
+        model = _load(origin, architecture)
+    with quiet():
+        samples = _samples(model, architecture)
+    scratch.mkdir(parents=True, exist_ok=True)
+    weights = WeightsFile(scratch / "weights.bin")
+    models: dict[str, ir.Model] = {}
+    for role in architecture.roles:
+        tell(f"exporting {role}")
+        with quiet(), _blamed(path_or_id, model, role, opset):
+            models[role] = _export_role(model, architecture, role, samples[role], opset)
+        weights.take(models[role])
+    weights.hand_out()
+    files = origin.companions()
+    generation_config = _generation_config(model, files)
+    return Exported(models, config, generation_config, files, TorchReference(model, architecture))
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+def _architecture_of(config: Mapping[str, Any]) -> Architecture:
+    name = config.get("model_type")
+    if name in FAMILIES:
+        return FAMILIES[name]
+    raise RecipeError(
+        f"cannot export the architecture {name!r}; supported are {', '.join(sorted(FAMILIES))}",
+        hint="export it with another tool, for example optimum-cli, and give the folder of .onnx files as the source",
+    )
+
+
+def _checked_opset(opset: int | None) -> int:
+    if opset is None:
+        return DEFAULT_OPSET
+    if opset < OLDEST_OPSET:
+        raise RecipeError(f"opset {opset} is too old to export at", hint=f"use {OLDEST_OPSET} or newer, or leave it out")
+    return opset
+
+
+def _check_packages() -> None:
+    for package in ("torch", "transformers", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise RecipeError(
+                f"exporting a Hugging Face model needs {package}: {error}",
+                hint="pip install 'graph-surgery[transformers]', or give .onnx files as the source",
+            ) from error
+
+
+# Where the files are
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A local folder or a model on the Hub.
+
+    Args:
+        name: The folder or the Hub id.
+        is_local: It is a folder.
+        is_offline: The Hub cannot be reached, so that only what was downloaded before can be had.
+    """
+
+    name: str
+    is_local: bool
+    is_offline: bool
+
+    @classmethod
+    def of(cls, path_or_id: str) -> _Origin:
+        if Path(path_or_id).is_dir():
+            return cls(path_or_id, is_local=True, is_offline=True)
+        if Path(path_or_id).exists() or path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~")):
+            raise RecipeError(f"{path_or_id}: there is no such folder", hint="give a folder with config.json and weights")
+        return cls(path_or_id, is_local=False, is_offline=not _hub_answers())
+
+    def config(self) -> dict[str, Any]:
+        path = self.find("config.json")
+        if path is None:
+            raise ModelFileError(
+                f"{self.name}: there is no config.json", hint="give the folder that save_pretrained() wrote"
+            )
+        return _read_object(path)
+
+    def companions(self) -> dict[str, bytes | Path]:
+        found = {name: self.find(name) for name in ("config.json", *COMPANIONS)}
+        return {name: path for name, path in found.items() if path is not None}
+
+    def find(self, name: str) -> Path | None:
+        """Return where a file is, downloading it if need be, or None if the model has none of that name."""
+        if self.is_local:
+            path = Path(self.name, name)
+            return path if path.is_file() else None
+        return _find_on_hub(self.name, name, is_offline=self.is_offline)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path}: not a JSON object")
+    return content
+
+
+def _hub_answers() -> bool:
+    """Ask once. Left to itself, huggingface_hub 2.4 asks for every file six times, waiting 23 seconds in all."""
+    try:
+        from huggingface_hub import constants, get_session
+
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception:
+        return False
+    return True
+
+
+def _find_on_hub(repo: str, name: str, *, is_offline: bool) -> Path | None:
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError as error:
+        raise RecipeError(
+            f"{repo}: there is no such folder, and the Hub needs huggingface_hub",
+            hint="pip install 'graph-surgery[transformers]'",
+        ) from error
+    try:
+        return Path(hf_hub_download(repo, name, local_files_only=is_offline))
+    except (errors.RepositoryNotFoundError, errors.HFValidationError, errors.RevisionNotFoundError) as error:
+        raise RecipeError(
+            f"{repo}: neither a local folder nor a model on the Hub that may be read",
+            hint="check the spelling; for a private or gated model run `hf auth login` first",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        if not is_offline:
+            raise _unreachable(repo) from error
+        if name == "config.json":
+            raise _unreachable(repo) from error
+        return None
+    except errors.EntryNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreachable(repo) from error
+
+
+def _unreachable(repo: str) -> RecipeError:
+    return RecipeError(
+        f"{repo}: not a local folder, and the Hugging Face Hub cannot be reached",
+        hint=f"on a machine with network run `hf download {repo} --local-dir FOLDER`, "
+        "and give that folder as the source",
+    )
+
+
+def _generation_config(model: Any, files: dict[str, bytes | Path]) -> dict[str, Any]:
+    """Return the generation config; a model without one gets what `transformers` would use, in `files` too."""
+    path = files.get("generation_config.json")
+    if isinstance(path, Path):
+        return _read_object(path)
+    content: dict[str, Any] = json.loads(model.generation_config.to_json_string())
+    files["generation_config.json"] = (json.dumps(content, indent=2) + "\n").encode()
+    return content
+
+
+# PyTorch
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch and transformers from writing on the terminal; what they raise still comes through."""
+    from transformers.utils import logging as transformers_logging
+
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    disabled_before = logging.root.manager.disable
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.CRITICAL)
+    try:
+        # torch.onnx prints its steps to the standard output, whatever the level of its loggers.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled_before)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(origin: _Origin, architecture: Architecture) -> Any:
+    """Load the network in float32, for evaluation.
+
+    Raises:
+        ModelFileError: Weights are missing, cannot be read, or do not fit the config.
+    """
+    import torch
+    import transformers
+
+    loader = getattr(transformers, architecture.auto_class)
+    try:
+        # Without trust_remote_code=False transformers asks on the terminal whether to run a repository's code.
+        model, report = loader.from_pretrained(
+            origin.name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            local_files_only=origin.is_offline,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, pickle, zip, json: each fails in its own way on a broken file
+        raise ModelFileError(
+            f"{origin.name}: cannot load the weights: {_first_line(error)}",
+            hint="save the model again with save_pretrained(), or download it again",
+        ) from error
+    # transformers fills weights that the file lacks with random numbers, and only warns.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelFileError(
+            f"{origin.name}: {len(missing)} weights are missing, among them {missing[0]!r}",
+            hint="check that config.json belongs to these weights",
+        )
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _blamed(name: str, model: Any, role: str, opset: int) -> Iterator[None]:
+    """Turn whatever the exporter raises into an error that says which model, which versions, and the way out."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        causes = [error]
+        while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
+            causes.append(causes[-1].__cause__)
+        versions = " and ".join(f"{each} {importlib.metadata.version(each)}" for each in ("torch", "transformers"))
+        raise SurgeryError(
+            f"{name}: {versions} cannot export {role!r} of {type(model).__name__} at opset {opset}: "
+            f"{_first_line(causes[-1])}",
+            hint=f"leave the opset at {DEFAULT_OPSET}, or export it with another tool, for example optimum-cli, "
+            "and give the folder of .onnx files as the source",
+        ) from error
+
+
+def _samples(model: Any, architecture: Architecture) -> dict[str, dict[str, Any]]:
+    """Return for each role inputs to trace it with; each role is fed by those before it.
+
+    Three faults of transformers.exporters 5.23 are avoided here. An attention mask without padding is taken for no mask
+    at all. An axis of length 1 becomes fixed to 1. The decode step that `decompose_for_generation` captures of T5 has one
+    token, even with `multi_token_decode`. So every free axis is 2 or longer, no two alike, and row 0 is padded.
+    """
+    import torch
+
+    if architecture.roles[0] == "encoder":
+        return _encoder_decoder_samples(model, architecture)
+    prompt = {"input_ids": _ids(2, 5), "attention_mask": _padded(2, 5)}
+    several = {"input_ids": _ids(2, 3), "attention_mask": torch.cat([_padded(2, 5), torch.ones(2, 3).long()], dim=1)}
+    if _takes_positions(model):
+        prompt["position_ids"] = _positions(prompt["attention_mask"])
+        several["position_ids"] = _positions(several["attention_mask"])[:, 5:]
+    past = _run(model, architecture, "prefill", prompt)
+    return {"prefill": prompt, "decode": several | _as_past(past)}
+
+
+def _encoder_decoder_samples(model: Any, architecture: Architecture) -> dict[str, dict[str, Any]]:
+    read = {"input_ids": _ids(2, 7), "attention_mask": _padded(2, 7)}
+    hidden = _run(model, architecture, "encoder", read)["last_hidden_state"]
+    encoded = {"encoder_hidden_states": hidden, "encoder_attention_mask": read["attention_mask"]}
+    prompt = {"input_ids": _ids(2, 5), **encoded}
+    past = _run(model, architecture, "prefill", prompt)
+    return {"encoder": read, "prefill": prompt, "decode": {"input_ids": _ids(2, 3), **encoded, **_as_past(past)}}
+
+
+def _takes_positions(model: Any) -> bool:
+    """Left to itself, GPT-2 counts positions from the padding; who pads on the left has to say them."""
+    import inspect
+
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _ids(batch: int, length: int) -> Any:
+    import torch
+
+    return torch.arange(batch * length).reshape(batch, length) % 11
+
+
+def _padded(batch: int, length: int) -> Any:
+    import torch
+
+    mask = torch.ones(batch, length).long()
+    mask[0, :2] = 0
+    return mask
+
+
+def _positions(mask: Any) -> Any:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _run(model: Any, architecture: Architecture, role: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    with torch.inference_mode(False), torch.no_grad():
+        return flatten(architecture.forwards[role](model, **nest(inputs)))
+
+
+def _as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name.replace("present", "past_key_values", 1): tensor
+        for name, tensor in outputs.items()
+        if name.startswith("present")
+    }
+
+
+def _export_role(
+    model: Any, architecture: Architecture, role: str, sample: Mapping[str, Any], opset: int
+) -> ir.Model:
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    axes = architecture.axes[role]
+    free = {name: _free_axes(axes_of(axes, name)) for name in sample}
+    config = OnnxConfig(dynamic=True, dynamic_shapes=nest(free), opset_version=opset)
+    with _as_forward(model, architecture, role):
+        exported: ir.Model = OnnxExporter().export(model, nest(sample), config).program
+    _check_interface(exported.graph, tuple(sample), axes, role)
+    name_axes(exported.graph, axes)
+    name_nodes(exported.graph)
+    _forget_origins(exported)
+    exported.graph.name = role
+    return exported
+
+
+@contextlib.contextmanager
+def _as_forward(model: Any, architecture: Architecture, role: str) -> Iterator[None]:
+    """Make the role the model's forward: the exporter names inputs and outputs by what a forward takes and returns."""
+
+    def forward(**inputs: Any) -> Any:
+        return architecture.forwards[role](model, **inputs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _free_axes(axes: Axes) -> Any:
+    from torch.export import Dim
+
+    return {index: Dim.AUTO for index, name in enumerate(axes) if name is not None}
+
+
+# The graph
+
+
+def _check_interface(graph: ir.Graph, inputs: tuple[str, ...], axes: Mapping[str, Axes], role: str) -> None:
+    """Refuse an export that lost an input or fixed an axis, which the exporter does without a word."""
+    given = [value.name for value in graph.inputs]
+    lost = [name for name in inputs if name not in given]
+    if lost:
+        raise SurgeryError(f"the export of {role!r} has lost the input {lost[0]!r}")
+    for value in (*graph.inputs, *graph.outputs):
+        name = value.name or ""
+        for index, (wanted, size) in enumerate(zip(axes_of(axes, name), value.shape or (), strict=True)):
+            if wanted is not None and isinstance(size, int):
+                raise SurgeryError(f"the export of {role!r} has fixed axis {index} of {name!r} to {size}")
+
+
+SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+def name_axes(graph: ir.Graph, axes: Mapping[str, Axes]) -> None:
+    """Rename the exporter's symbols (`s43`, `s36 + s70`) to what the axes are; forget what stays unknown.
+
+    Two symbols may become one name, as the interface promises that they are one size; one symbol never becomes two.
+    """
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for name, size in _axes_and_sizes(value, axes):
+            if SYMBOL.fullmatch(size) and names.setdefault(size, name) != name:
+                raise SurgeryError(f"the export takes {names[size]!r} and {name!r} for the same size, at {value.name!r}")
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+    for value in (*graph.inputs, *graph.outputs):
+        assert value.shape is not None
+        wanted = axes_of(axes, value.name or "")
+        value.shape = ir.Shape([name or _renamed(size, names) for name, size in zip(wanted, value.shape, strict=True)])
+
+
+def _axes_and_sizes(value: ir.Value, axes: Mapping[str, Axes]) -> Iterator[tuple[str, str]]:
+    for name, size in zip(axes_of(axes, value.name or ""), value.shape or (), strict=True):
+        if name is not None and not isinstance(size, int):
+            yield name, str(size.value)
+
+
+def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    text = size.value
+    if text is None or any(symbol not in names for symbol in SYMBOL.findall(text)):
+        return None
+    if text in names:
+        return names[text]
+    return SYMBOL.sub(lambda symbol: f"({name})" if "+" in (name := names[symbol[0]]) else name, text)
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Name each node by the module that it comes from and its operator: `transformer.h.0.attn.c_proj/Gemm`."""
+    counts: dict[str, int] = {}
+    for node in graph.all_nodes():
+        scope = _module_of(node)
+        name = f"{scope}/{node.op_type}" if scope else node.op_type
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
+
+
+def _module_of(node: ir.Node) -> str:
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    modules = [scope for scope in scopes[:-1] if not scope.startswith("_empty_nn_module")]
+    return modules[-1] if modules else ""
+
+
+def _forget_origins(model: ir.Model) -> None:
+    """Drop the exporter's notes: Python stack traces with paths of this machine, longer than the graph."""
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+# Weights
+
+
+class WeightsFile:
+    """One file that holds the weights of several models, equal ones once.
+
+    Args:
+        path: The file to write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offsets: dict[tuple[ir.DataType, tuple[int, ...], bytes], int] = {}
+        self._places: dict[ir.Value, int] = {}
+        path.write_bytes(b"")
+
+    def take(self, model: ir.Model) -> None:
+        """Write what the model's initializers hold; small ones become tensors of their own.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        try:
+            with self._path.open("r+b") as file:
+                file.seek(0, io.SEEK_END)
+                for value in model.graph.initializers.values():
+                    self._take(value, file)
+        except OSError as error:
+            raise OutputError(
+                f"{self._path}: cannot write the weights: {error.strerror}", hint="free space, or choose another folder"
+            ) from error
+
+    def _take(self, value: ir.Value, file: BinaryIO) -> None:
+        tensor = value.const_value
+        assert tensor is not None
+        array = np.ascontiguousarray(tensor.numpy())
+        if array.nbytes < INLINE_BYTES:
+            value.const_value = ir.Tensor(array.reshape(tensor.shape.numpy()).copy(), tensor.dtype, name=value.name)
+            return
+        content = memoryview(array.reshape(-1).view(np.uint8))
+        key = tensor.dtype, tensor.shape.numpy(), hashlib.sha256(content).digest()
+        if key not in self._offsets:
+            self._offsets[key] = file.seek(-(-file.tell() // WEIGHTS_ALIGNMENT) * WEIGHTS_ALIGNMENT)
+            file.write(content)
+        self._places[value] = self._offsets[key]
+
+    def hand_out(self) -> None:
+        """Let the initializers read from the file, so that PyTorch's memory is not kept alive by them."""
+        file = DataFile(self._path)
+        for value, offset in self._places.items():
+            tensor = value.const_value
+            assert tensor is not None
+            value.const_value = Region(file, offset, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=value.name)

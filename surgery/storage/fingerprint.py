@@ -1,0 +1,89 @@
+"""Two ways to tell models apart: by content, everywhere and for ever, and quickly, within one process."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Hashable, Iterator
+
+import onnx
+import onnx_ir as ir
+
+from surgery.storage.hollow import Stub, Weight, hollow
+from surgery.storage.region import Region, bytes_reader
+from surgery.storage.versions import lower
+
+_CHUNK_BYTES = 1 << 20
+# Below this, reading a tensor is cheaper than thinking about it.
+_SMALL_BYTES = 1 << 20
+_TOKEN = "surgery.storage.identity"
+
+
+def fingerprint(model: ir.Model) -> str:
+    """Return a hash of everything a model says: graph, metadata and the bytes of its weights.
+
+    It does not depend on files, layouts, processes, or on how a tensor is stored.
+    """
+    digests: dict[Hashable, str] = {}
+
+    def place(weight: Weight) -> Stub:
+        key = weight.tensor.place if isinstance(weight.tensor, Region) else id(weight.tensor)
+        if key not in digests:
+            digests[key] = _digest(weight.tensor)
+        return Stub(digests[key])
+
+    proto = hollow(model, place, min_bytes=1)
+    lower(proto)
+    for graph in _graphs(proto.graph):
+        _drop_what_initializers_repeat(graph)
+    return _hash(proto)
+
+
+def identity(model: ir.Model) -> str:
+    """Return a hash that changes when the model does, without reading weights on disk.
+
+    Only for comparing two moments of one process: regions count by their place, big tensors in memory by which object
+    they are. A tensor whose array is written to in place is not noticed; tensors are immutable in onnx_ir.
+    """
+    return _hash(hollow(model, lambda weight: Stub(_who(weight.tensor)), min_bytes=1))
+
+
+def _who(tensor: ir.TensorProtocol) -> str:
+    if isinstance(tensor, Region):
+        return f"place {tensor.place}"
+    if tensor.nbytes < _SMALL_BYTES and not isinstance(tensor, ir.LazyTensor):
+        return _digest(tensor)
+    # An id may be given again once a tensor is gone; a token never is.
+    return str(tensor.meta.setdefault(_TOKEN, secrets.token_hex(8)))
+
+
+def _digest(tensor: ir.TensorProtocol) -> str:
+    reader = bytes_reader(tensor)
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, reader.length, _CHUNK_BYTES):
+        digest.update(reader.read(start, _CHUNK_BYTES))
+    return digest.hexdigest()
+
+
+def _hash(proto: onnx.ModelProto) -> str:
+    return hashlib.blake2b(proto.SerializeToString(deterministic=True), digest_size=16).hexdigest()
+
+
+def _drop_what_initializers_repeat(graph: onnx.GraphProto) -> None:
+    """Drop the types of initializers: a model has them once it was saved and opened, and perhaps not before."""
+    names = {tensor.name for tensor in graph.initializer}
+    for index in reversed(range(len(graph.value_info))):
+        info = graph.value_info[index]
+        if info.name in names and not info.metadata_props and not info.doc_string:
+            del graph.value_info[index]
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+            elif attribute.type == onnx.AttributeProto.GRAPHS:
+                for one in attribute.graphs:
+                    yield from _graphs(one)

@@ -1,0 +1,62 @@
+"""Accuracy: after each step, how far its claims hold."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from surgery.accuracy.judge import Judge
+from surgery.accuracy.verdict import Gap, Verdict
+from surgery.contract import Effect
+from surgery.errors import Inaccurate, StepFailed
+from surgery.manager import StepRecord
+
+
+class Accuracy:
+    """Asks the judge after every step and stops the run at the first one that is inaccurate.
+
+    Args:
+        judge: The judge of the run.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._drift = Gap()
+
+    def starting(self, number: int, word: str) -> None:
+        """Nothing to do before a step."""
+
+    def stepped(self, record: StepRecord) -> None:
+        """Judge the step.
+
+        Raises:
+            Inaccurate: An output is over its limit.
+            StepFailed: The pass says that it changed nothing, and did.
+        """
+        start = time.perf_counter()
+        record.verdict = self._judge.judge_source() if record.is_source else self._judge_step(record)
+        record.check_seconds += time.perf_counter() - start
+        if not record.verdict.is_accurate:
+            raise Inaccurate("\n".join(map(str, record.verdict.failures)), hint=_way_out(record))
+        self._drift = record.verdict.source or self._drift
+        if not record.is_source:
+            self._judge.accept(record.claims, record.effect, record.tolerance)
+
+    def _judge_step(self, record: StepRecord) -> Verdict:
+        is_same = record.before.identities() == record.after.identities()
+        if is_same and all(claim.is_same for claim in record.claims):
+            return Verdict(step=Gap(), source=self._drift)
+        if record.change.count == 0:
+            raise StepFailed("says that it changed nothing, but the models are not what they were")
+        verdict = self._judge.judge(record.before, record.after, record.claims, record.effect, record.tolerance)
+        return replace(verdict, source=verdict.source or self._drift)
+
+
+def _way_out(record: StepRecord) -> str:
+    assert record.verdict is not None
+    first = record.verdict.failures[0]
+    if record.is_source:
+        return "another source.opset, or a higher check.max_error if the export may differ so much"
+    if record.effect is Effect.EXACT:
+        return "leave this step out, or declare it close if it takes an option `effect`; an exact step cannot be loosened"
+    return f"the step's options, or check.outputs.{first.output}.max_error"

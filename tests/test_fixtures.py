@@ -1,0 +1,124 @@
+"""The committed fixtures are what their makers make, and answer what they were trained to answer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+MAKERS = ("make_adder", "make_sorter")
+
+
+def load(script: str) -> ModuleType:
+    """A script of fixtures/, imported as it is when run: beside `training`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FIXTURES)
+        return importlib.import_module(script)
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def maker(request: pytest.FixtureRequest) -> Any:
+    return load(request.param).MAKER
+
+
+@pytest.fixture
+def copied(maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the fixture, which the maker takes for the committed one."""
+    shutil.copytree(maker.folder, tmp_path / maker.name)
+    monkeypatch.setattr(load("training"), "HERE", tmp_path)
+    return maker.folder
+
+
+def ask(maker: Any, *questions: str, **padding: str) -> list[str]:
+    from transformers import AutoTokenizer
+
+    model = maker.model_class.from_pretrained(maker.folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(maker.folder, **padding)
+    return load("training").answer(model, tokenizer, questions)
+
+
+def test_the_committed_folder_is_what_its_maker_makes(maker: Any):
+    assert maker.check() == []
+
+
+def test_the_recorded_score_is_high_and_the_folder_is_small(maker: Any):
+    assert json.loads((maker.folder / "score.json").read_text())["exact_match"] >= 0.999
+    assert sum(path.stat().st_size for path in maker.folder.iterdir()) < 800_000
+
+
+def test_a_padded_batch_gives_the_answers_of_single_questions(maker: Any):
+    questions = {
+        "adder": ("7+8=", "27+58=", "999+1=", "5+995=", "640+77="),
+        "sorter": ("4", "312", "9090", "998877665544", "1111111"),
+    }[maker.name]
+    assert ask(maker, *questions) == [ask(maker, question)[0] for question in questions]
+
+
+def test_the_adder_adds():
+    adder = load("make_adder").MAKER
+    assert ask(adder, "27+58=", "999 + 999 =", "0+0=") == ["85", "1998", "0"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_sorter_sorts_wherever_the_padding_is(side: str):
+    sorter = load("make_sorter").MAKER
+    assert ask(sorter, "3 1 2", "312", "5", "210987654321", padding_side=side) == ["123", "123", "5", "011223456789"]
+
+
+def test_the_adder_ends_with_its_end_token_and_pads_with_another():
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    adder = load("make_adder").MAKER
+    settings = GenerationConfig.from_pretrained(adder.folder)
+    tokenizer = AutoTokenizer.from_pretrained(adder.folder)
+    assert (settings.eos_token_id, settings.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert settings.eos_token_id != settings.pad_token_id
+
+    inputs = tokenizer(["1+2=", "999+1="], padding=True, return_tensors="pt")
+    tokens = AutoModelForCausalLM.from_pretrained(adder.folder).generate(**inputs, max_new_tokens=8)
+    assert tokenizer.batch_decode(tokens) == [
+        "<pad><pad>1+2=3<eos><pad><pad><pad>",
+        "999+1=1000<eos>",
+    ]
+
+
+def test_a_character_outside_the_vocabulary_is_refused(maker: Any):
+    with pytest.raises(Exception, match="WordLevel"):
+        maker.tokenizer()("1x")
+
+
+def test_a_changed_maker_makes_the_folder_stale(maker: Any, copied: Path):
+    score = json.loads((copied / "score.json").read_text())
+    score["scripts"]["training.py"] = "0" * 64
+    (copied / "score.json").write_text(json.dumps(score))
+    (fault,) = maker.check()
+    assert "the maker has changed" in fault
+
+
+def test_a_changed_config_and_tokenizer_are_named(maker: Any, copied: Path):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"pad_token_id": 7}))
+    (copied / "tokenizer.json").write_text((copied / "tokenizer.json").read_text() + "\n")
+    faults = [fault for fault in maker.changed_files() if "is not what the maker writes" in fault]
+    assert [fault.split()[1] for fault in faults] == ["config.json", "tokenizer.json"]
+
+
+def test_an_untrained_model_is_no_fixture(maker: Any, copied: Path):
+    maker.initial_model().save_pretrained(copied)
+    faults = maker.check()
+    assert any("is as initialised" in fault for fault in faults)
+    assert any("exact match is 0.00%" in fault for fault in faults)
+
+
+def test_an_absent_folder_is_one_fault(maker: Any, copied: Path):
+    shutil.rmtree(copied)
+    assert len(maker.check()) == 1
