@@ -18,7 +18,8 @@ from surgery.graphs import (
     value_names,
 )
 from surgery.registry import register
-from surgery.storage import find_twins
+from surgery.storage import find_twins, key_of
+from surgery.units import in_bytes
 
 
 @register
@@ -39,8 +40,8 @@ class DedupWeights(BundlePass):
             y = Mul(s, a)
         }
 
-    Weights are equal when type, shape and every byte are, whatever field or file holds them. Within a model the value is
-    shared: initializers, large `Constant` nodes, and tensors local to branches and loop bodies, which are lifted to the
+    Weights are equal when type, shape and every byte are, whatever field or file holds them. Within a model the value
+    is shared: initializers, large `Constant` nodes, and tensors local to branches and loop bodies, which are lifted to the
     main graph when they have a twin in another scope. Across the models of a bundle the bytes are shared, which saves
     them in the layout `shared`.
 
@@ -67,10 +68,10 @@ class DedupWeights(BundlePass):
         said = []
         if values:
             size = sum(saving.values * saving.weight_bytes for saving in savings)
-            said.append(f"shared {_weights(values)}, {_in_mb(size)} saved")
+            said.append(f"shared {_weights(values)}, {in_bytes(size)} saved")
         if regions:
             size = sum(saving.regions * saving.weight_bytes for saving in savings)
-            said.append(f"{_weights(regions)} stored once for several models, {_in_mb(size)} saved in layout shared")
+            said.append(f"{_weights(regions)} stored once for several models, {in_bytes(size)} saved in layout shared")
         return Change(values + regions, "; ".join(said))
 
 
@@ -128,12 +129,9 @@ def share(twins: Sequence[Weight], names: Mapping[str, Counter[str]]) -> Saving:
     by_role: dict[str, list[Weight]] = {}
     for weight in twins:
         by_role.setdefault(weight.role, []).append(weight)
-    left = [share_values(weights, names[role]) for role, weights in by_role.items()]
-    stored = [[value for value in values if value.is_initializer()] for values in left]
-    first, *others = [values for values in stored if values] or [[]]
-    replaced = len(twins) - sum(map(len, left))
-    regions = sum(share_bytes(values, first[0].const_value) for values in others)
-    return Saving(replaced, regions, twins[0].tensor.nbytes)
+    left = {role: share_values(weights, names[role]) for role, weights in by_role.items()}
+    replaced = len(twins) - sum(map(len, left.values()))
+    return Saving(replaced, share_across(left, names), twins[0].tensor.nbytes)
 
 
 def share_values(weights: Sequence[Weight], names: Counter[str]) -> list[ir.Value]:
@@ -142,41 +140,42 @@ def share_values(weights: Sequence[Weight], names: Counter[str]) -> list[ir.Valu
     replaced = [weight for weight in weights if weight.is_removable and weight is not survivor]
     if survivor is None or not replaced:
         return [weight.value for weight in weights]
-    kept = seen_by_all(survivor, replaced, names)
     for weight in replaced:
-        ir.convenience.replace_all_uses_with(weight.value, kept)
-        remove(weight)
-    untouched = [weight.value for weight in weights if weight not in replaced and weight is not survivor]
+        ir.convenience.replace_all_uses_with(weight.value, survivor.value)
+        remove(weight, names)
+    is_local = all(weight.graph is survivor.graph for weight in replaced)
+    kept = seen_from_all(survivor, survivor.graph if is_local else survivor.main, names)
+    untouched = [weight.value for weight in weights if not weight.is_removable and weight is not survivor]
     return [kept, *untouched]
 
 
 def find_survivor(weights: Sequence[Weight], names: Counter[str]) -> Weight | None:
-    """Choose the weight that stays: an initializer of the main graph if there is one, since all graphs can see that.
+    """Choose the weight that stays: one that has to, else an initializer of the main graph, which all graphs can see.
 
     A graph output cannot be renamed or moved, so it stays for others only where no inner scope hides its name.
     """
 
     def can_stay(weight: Weight) -> bool:
-        if weight.is_overridable:
-            return False
-        return weight.is_removable or (weight.graph is weight.main and names[weight.value.name or ""] == 1)
+        if weight.is_removable:
+            return True
+        is_hidden = names[weight.value.name or ""] > 1
+        return weight.graph is weight.main and not (weight.is_overridable or weight.is_constant or is_hidden)
 
-    candidates = [weight for weight in weights if can_stay(weight) and not (weight.is_constant and not weight.is_removable)]
-    return min(candidates, key=lambda weight: (weight.graph is not weight.main, weight.is_constant), default=None)
+    def merit(weight: Weight) -> tuple[bool, bool, bool]:
+        return not weight.is_removable, weight.graph is weight.main, not weight.is_constant
+
+    return max(filter(can_stay, weights), key=merit, default=None)
 
 
-def seen_by_all(survivor: Weight, replaced: Sequence[Weight], names: Counter[str]) -> ir.Value:
-    """Return the survivor's value where all uses can see it: as it is, or as an initializer of the main graph."""
-    value, main = survivor.value, survivor.main
+def seen_from_all(survivor: Weight, home: ir.Graph, names: Counter[str]) -> ir.Value:
+    """Return the survivor's value as an initializer of a graph, under a name that no inner scope hides."""
+    value = survivor.value
     assert value.name is not None
-    is_local = all(weight.graph is survivor.graph for weight in replaced)
     if survivor.is_constant:
-        home = survivor.graph if is_local else main
         return constant_to_initializer(value, home, unhidden_name(value.name, names))
-    if not is_local and survivor.graph is not main:
-        return lift_initializer(value, main, unhidden_name(value.name, names))
-    if names[value.name] > 1:
-        value.name = fresh_name(value.name, names)
+    if survivor.graph is not home:
+        return lift_initializer(value, home, unhidden_name(value.name, names))
+    value.name = unhidden_name(value.name, names)
     return value
 
 
@@ -185,33 +184,50 @@ def unhidden_name(name: str, names: Counter[str]) -> str:
     return name if names[name] == 1 else fresh_name(name, names)
 
 
-def remove(weight: Weight) -> None:
+def remove(weight: Weight, names: Counter[str]) -> None:
     """Take a weight that nothing uses any more out of its graph."""
+    assert weight.value.name is not None
+    names[weight.value.name] -= 1
     node = weight.value.producer()
     if node is not None:
         weight.graph.remove(node, safe=True)
-        return
-    assert weight.value.name is not None
-    del weight.graph.initializers[weight.value.name]
+    else:
+        del weight.graph.initializers[weight.value.name]
 
 
-def share_bytes(values: Sequence[ir.Value], tensor: ir.TensorProtocol | None) -> int:
-    """Point a model's initializers at the bytes of another model's, and return how many were changed."""
-    changed = [value for value in values if not _same_bytes(value.const_value, tensor)]
+def share_across(left: Mapping[str, Sequence[ir.Value]], names: Mapping[str, Counter[str]]) -> int:
+    """Point the equal weights of several models at the bytes of the first, and return how many values were changed."""
+    storable = {role: [value for value in values if is_storable(value)] for role, values in left.items()}
+    if sum(map(bool, storable.values())) < 2:
+        return 0
+    stored = {role: [as_initializer(value, names[role]) for value in values] for role, values in storable.items()}
+    first, *others = filter(None, stored.values())
+    return sum(share_bytes(values, first[0]) for values in others)
+
+
+def is_storable(value: ir.Value) -> bool:
+    """Say whether a weight is, or can become, an initializer: the bytes of others stand in the graph file."""
+    return value.is_initializer() or not value.is_graph_output()
+
+
+def as_initializer(value: ir.Value, names: Counter[str]) -> ir.Value:
+    """Return a weight as an initializer of its own graph."""
+    if value.is_initializer():
+        return value
+    assert value.name is not None
+    assert value.graph is not None
+    return constant_to_initializer(value, value.graph, unhidden_name(value.name, names))
+
+
+def share_bytes(values: Sequence[ir.Value], other: ir.Value) -> int:
+    """Point initializers at the bytes of another model's, and return how many did not have the same already."""
+    tensor = other.const_value
+    assert tensor is not None
+    changed = [value for value in values if value.const_value is None or key_of(value.const_value) != key_of(tensor)]
     for value in changed:
         value.const_value = tensor
     return len(changed)
 
 
-def _same_bytes(tensor: ir.TensorProtocol | None, other: ir.TensorProtocol | None) -> bool:
-    """Say whether two tensors are the same stretch of the same file already, so that a second run changes nothing."""
-    place = getattr(tensor, "place", None)
-    return tensor is other or (place is not None and place == getattr(other, "place", None))
-
-
 def _weights(count: int) -> str:
     return f"{count} weight{'s' if count != 1 else ''}"
-
-
-def _in_mb(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

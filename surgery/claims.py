@@ -7,13 +7,15 @@ source stays known after renaming, merging or wrapping.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
 
 import numpy as np
 
 from surgery.errors import SurgeryError
+from surgery.options import did_you_mean
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -111,35 +113,44 @@ class Fill:
     """A tensor of one value; a dimension is a number or (input of the reference, axis).
 
     `Fill(True, "bool", (1,))` fixes a flag; `Fill(0, "float32", (("input_ids", 0), 12, 0, 64))` is an empty cache.
+    Once claims are composed, an entry may stand where the input's name stood.
     """
 
     value: float | bool
     dtype: str
-    shape: tuple[int | tuple[str, int], ...] = ()
+    shape: tuple[Dimension, ...] = ()
     edits: tuple[Edit, ...] = ()
 
     def __call__(self, arrays: Arrays) -> np.ndarray:
-        shape = [size if isinstance(size, int) else arrays[size[0]].shape[size[1]] for size in self.shape]
-        array = np.full(shape, self.value, dtype=self.dtype)
+        array = np.full([_size(dimension, arrays) for dimension in self.shape], self.value, dtype=self.dtype)
         for edit in self.edits:
             array = edit(array)
         return array
 
     def after(self, inner: Mapping[str, Entry]) -> Entry:
         """Return this entry in terms of what `inner` is made of."""
-        return dataclasses.replace(self, shape=tuple(_dimension_after(size, inner) for size in self.shape))
+        return dataclasses.replace(self, shape=tuple(_dimension_after(dimension, inner) for dimension in self.shape))
 
 
 Entry = Take | Fill
+Dimension: TypeAlias = "int | tuple[str | Entry, int]"
 
 
-def _dimension_after(size: int | tuple[str, int], inner: Mapping[str, Entry]) -> int | tuple[str, int]:
-    if isinstance(size, int) or size[0] not in inner:
-        return size
-    entry = inner[size[0]]
-    if isinstance(entry, Fill):
-        return entry.shape[size[1]]
-    return (entry.name, size[1])
+def _size(dimension: Dimension, arrays: Arrays) -> int:
+    if isinstance(dimension, int):
+        return dimension
+    source, axis = dimension
+    array = arrays[source] if isinstance(source, str) else source(arrays)
+    return array.shape[axis]
+
+
+def _dimension_after(dimension: Dimension, inner: Mapping[str, Entry]) -> Dimension:
+    if isinstance(dimension, int):
+        return dimension
+    source, axis = dimension
+    if isinstance(source, str):
+        return (inner.get(source, source), axis)
+    return (source.after(inner), axis)
 
 
 @dataclass(frozen=True)
@@ -149,8 +160,8 @@ class Claim:
     Args:
         reference: The program of the bundle before the step.
         candidate: The program of the bundle after it.
-        inputs: For inputs of the candidate whose name or value differs, where they come from; the others go by their own
-            names. An entry for an input that the candidate does not have is an error, and so is a missing one.
+        inputs: For inputs of the candidate whose name or value differs, where they come from; the others go by their
+            own names. An entry for an input that the candidate does not have is an error, and so is a missing one.
         outputs: For outputs of the candidate, what they are in terms of the reference's outputs; the others go by their
             own names.
         drops: Outputs of the reference that the candidate does not give any more.
@@ -176,51 +187,85 @@ class Claim:
         """The program goes by its own name and its interface is what it was."""
         return self.reference == self.candidate and not (self.inputs or self.outputs or self.drops or self.extra)
 
-    def feed(self, arrays: Arrays, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def origin(self, output: str) -> str:
+        """Return the output of the reference that an output of the candidate is made of, or its own name."""
+        entry = self.outputs.get(output)
+        return entry.name if isinstance(entry, Take) else output
+
+    def refuse_unknown_inputs(self, wanted: Sequence[str]) -> None:
+        """Prove that every entry is for an input that the candidate has.
+
+        Args:
+            wanted: The names of the candidate's inputs.
+
+        Raises:
+            SurgeryError: An entry is for something else.
+        """
+        unknown = sorted(set(self.inputs) - set(wanted))
+        if unknown:
+            raise SurgeryError(
+                f"the claim on {self.candidate} maps {unknown[0]!r}, which is not an input of it"
+                f"{did_you_mean(unknown[0], wanted)}"
+            )
+
+    def feed(self, arrays: Arrays, wanted: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the candidate's inputs for the reference's.
+
+        A composed claim may hold entries for inputs that a later step has done away with; they are not used.
 
         Args:
             arrays: The reference's inputs by name.
             wanted: The names of the candidate's inputs.
+
+        Raises:
+            SurgeryError: Nothing is said of an input, or it is made of one that the reference does not have.
         """
-        unknown = sorted(set(self.inputs) - set(wanted))
-        if unknown:
-            raise SurgeryError(f"the claim on {self.candidate} maps {unknown[0]!r}, which is not an input of it")
         missing = [name for name in wanted if name not in self.inputs and name not in arrays]
         if missing:
             raise SurgeryError(f"the claim on {self.candidate} says nothing of its input {missing[0]!r}")
-        return {name: self.inputs[name](arrays) if name in self.inputs else arrays[name] for name in wanted}
+        return {
+            name: self._made("input", name, self.inputs[name], arrays) if name in self.inputs else arrays[name]
+            for name in wanted
+        }
 
     def expect(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Return what the candidate must give, for what the reference gave."""
-        taken = {entry.name for entry in self.outputs.values() if isinstance(entry, Take)}
-        kept = {name: array for name, array in arrays.items() if name not in self.drops and name not in taken}
-        return kept | {name: entry(arrays) for name, entry in self.outputs.items()}
+        """Return what the candidate must give, for what the reference gave.
+
+        Raises:
+            SurgeryError: An output is made of one that the reference does not give.
+        """
+        gone = self.drops | _taken(self.outputs)
+        kept = {name: array for name, array in arrays.items() if name not in gone}
+        return kept | {name: self._made("output", name, entry, arrays) for name, entry in self.outputs.items()}
+
+    def _made(self, kind: str, name: str, entry: Entry, arrays: Arrays) -> np.ndarray:
+        try:
+            return entry(arrays)
+        except KeyError as error:
+            reason = f"{self.reference} has no {kind} {error.args[0]!r}"
+        except IndexError:
+            reason = "what it is made of has fewer axes"
+        raise SurgeryError(f"the claim on {self.candidate} cannot make the {kind} {name!r}: {reason}")
 
     def then(self, later: Claim) -> Claim:
         """Return the claim of `later`'s candidate on this claim's reference."""
         assert self.candidate == later.reference
-        dropped = self.drops | {name for name in later.drops if name not in self.outputs}
+        is_tokens = Measure.TOKENS in (self.measure, later.measure)
+        new = {name for name, entry in later.outputs.items() if isinstance(entry, Take) and entry.name in self.extra}
+        gone = later.drops | _taken(later.outputs) | set(later.outputs)
+        kept = {name: entry for name, entry in self.outputs.items() if name not in gone}
+        edited = {name: entry.after(self.outputs) for name, entry in later.outputs.items() if name not in new}
         return Claim(
             self.reference,
             later.candidate,
-            inputs=self._inputs_then(later),
-            outputs=self._outputs_then(later),
-            drops=frozenset(dropped),
-            extra=later.extra | (self.extra - later.drops),
-            measure=Measure.TOKENS if Measure.TOKENS in (self.measure, later.measure) else Measure.TENSORS,
+            inputs={**self.inputs, **{name: entry.after(self.inputs) for name, entry in later.inputs.items()}},
+            outputs=kept | edited,
+            # What this claim renames is not given by its own name, also once the new name is dropped.
+            drops=self.drops | _taken(self.outputs) | (later.drops - set(self.outputs) - self.extra),
+            extra=later.extra | (self.extra - gone) | new,
+            measure=Measure.TOKENS if is_tokens else Measure.TENSORS,
         )
 
-    def _inputs_then(self, later: Claim) -> dict[str, Entry]:
-        taken = {entry.name for entry in later.inputs.values() if isinstance(entry, Take)}
-        passed_on = {name: entry for name, entry in self.inputs.items() if name not in taken and name not in later.inputs}
-        return passed_on | {name: entry.after(self.inputs) for name, entry in later.inputs.items()}
 
-    def _outputs_then(self, later: Claim) -> dict[str, Entry]:
-        taken = {entry.name for entry in later.outputs.values() if isinstance(entry, Take)}
-        passed_on = {
-            name: entry
-            for name, entry in self.outputs.items()
-            if name not in taken and name not in later.outputs and name not in later.drops
-        }
-        return passed_on | {name: entry.after(self.outputs) for name, entry in later.outputs.items()}
+def _taken(entries: Mapping[str, Entry]) -> frozenset[str]:
+    return frozenset(entry.name for entry in entries.values() if isinstance(entry, Take))

@@ -203,7 +203,9 @@ def _rescue(console: Console, recipe: Recipe, stopped: Stopped) -> None:
     except (SurgeryError, OSError) as error:
         typer.echo(f"the input of {stopped.step} could not be saved: {error}", err=True)
         return
-    typer.echo(f"the input of {stopped.step} is saved; to go on from there: python -m surgery run {_short(saved)}", err=True)
+    typer.echo(
+        f"the input of {stopped.step} is saved; to go on from there: python -m surgery run {_short(saved)}", err=True
+    )
 
 
 def _stopped_folder(recipe: Recipe) -> Path:
@@ -258,7 +260,7 @@ def _summarise(console: Console, result: Result) -> None:
 
 
 def _list_files(console: Console, folder: Path, files: list) -> None:  # type: ignore[type-arg]
-    from surgery.report.ledger import in_bytes
+    from surgery.units import in_bytes
 
     console.print(f"\nsaved to {_short(folder)}")
     for file in files:

@@ -260,7 +260,9 @@ class Analysis(Pass):
         facts = self.analyze(bundle, context)
         for role, fact in facts.items():
             if type(fact) not in self.gives:
-                raise Refused(f"{type(self).__name__} found {type(fact).__name__} of {role!r}, which it does not declare")
+                raise Refused(
+                    f"{type(self).__name__} found {type(fact).__name__} of {role!r}, which it does not declare"
+                )
         missing = [role for role in self.roles(RoleUse.READS, tuple(bundle.models)) if role not in facts]
         if missing and self.gives:
             raise Refused(f"{type(self).__name__} found nothing about {missing[0]!r}")

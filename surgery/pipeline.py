@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.bundle import Bundle
 from surgery.contract import Pass
-from surgery.errors import Inaccurate, OutputError, SurgeryError
+from surgery.errors import Inaccurate, OutputError
 from surgery.manager import Manager, PlannedStep, StepRecord, Watcher, plan
 from surgery.recipe import Check, Output, Recipe, Source, Step
 from surgery.registry import find, word_of
-from surgery.sources import Opened, find_source
+from surgery.sources import Given, find_source
 
 if TYPE_CHECKING:
+    from surgery.accuracy.judge import Judge
     from surgery.runtime.prompts import Answer
     from surgery.storage import SavedFile
 
@@ -81,7 +83,9 @@ class Result:
     def __enter__(self) -> Result:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.scratch is not None:
             self.scratch.cleanup()
 
@@ -98,7 +102,9 @@ class Pipeline:
     passes: Sequence[Pass | str]
     check: Check | None = field(default_factory=Check)
 
-    def run(self, source: str | Path | Bundle, *, opset: int | None = None, progress: Say = lambda text: None) -> Result:
+    def run(
+        self, source: str | Path | Bundle, *, opset: int | None = None, progress: Say = lambda text: None
+    ) -> Result:
         """Run the passes over a source.
 
         Args:
@@ -153,31 +159,30 @@ def run_recipe(
     from surgery.accuracy.judge import Judge
     from surgery.watchers import Accuracy, Ledger, Snapshots, Validity
 
-    kind = None if bundle is not None else find_source(recipe.source, recipe.folder)
-    plan(recipe.steps, tuple(bundle.models) if bundle is not None else kind.roles, recipe.folder)  # type: ignore[union-attr]
+    source = find_source(recipe.source, recipe.folder) if bundle is None else Given(bundle)
+    plan(recipe.steps, source.roles, recipe.folder)
     scratch = tempfile.TemporaryDirectory(prefix="surgery-", ignore_cleanup_errors=True)
     ledger = Ledger(show)
     ledger.starting(0, "source")
     say(f"opening {recipe.source.path}")
-    opened = Opened(bundle) if bundle is not None else kind.open(Path(scratch.name), say)  # type: ignore[union-attr]
-    judge = Judge(opened.bundle, recipe.check, opened.reference, recipe.folder)
-    watchers: list[Watcher] = [Validity(), Accuracy(judge)] if is_checked else []
-    snapshots = Snapshots()
-    manager = Manager(judge, [*watchers, snapshots, ledger], recipe.check, Path(scratch.name), say)
-    try:
-        manager.open(opened.bundle)
-        finished = manager.run(opened.bundle, recipe.steps)
-    finally:
-        if keep_steps is not None:
-            say("saving every step")
-            snapshots.save(keep_steps)
-    result = Result(finished, ledger.records, [], recipe.source.path, opened.inputs, scratch)
-    if recipe.check.prompts and is_checked:
-        result.answers = _ask(recipe.check, judge, opened.bundle, finished)
-    return result
+    opened = source.open(Path(scratch.name), say)
+    with closing(Judge(opened.bundle, recipe.check, opened.reference, recipe.folder)) as judge:
+        snapshots = Snapshots()
+        checks: list[Watcher] = [Validity(), Accuracy(judge)] if is_checked else []
+        manager = Manager(judge, [*checks, snapshots, ledger], recipe.check, Path(scratch.name), say)
+        try:
+            manager.open(opened.bundle)
+            finished = manager.run(opened.bundle, recipe.steps)
+        finally:
+            if keep_steps is not None:
+                say("saving every step")
+                snapshots.save(keep_steps)
+        is_asked = is_checked and recipe.check.prompts
+        answers = _ask(recipe.check, judge, opened.bundle, finished) if is_asked else []
+    return Result(finished, ledger.records, answers, recipe.source.path, opened.inputs, scratch)
 
 
-def _ask(check: Check, judge: Judge_, source: Bundle, finished: Bundle) -> list[Answer]:
+def _ask(check: Check, judge: Judge, source: Bundle, finished: Bundle) -> list[Answer]:
     """Let the finished bundle continue the recipe's prompts.
 
     Raises:
@@ -189,7 +194,9 @@ def _ask(check: Check, judge: Judge_, source: Bundle, finished: Bundle) -> list[
     wanted = answer(source, check.prompts, check.max_new_tokens, judge.run)
     for got, want in zip(asked, wanted, strict=True):
         if got.tokens != want.tokens:
-            raise Inaccurate(f"the prompt {got.prompt!r} is continued by {got.text!r}, by the source with {want.text!r}")
+            raise Inaccurate(
+                f"the prompt {got.prompt!r} is continued by {got.text!r}, by the source with {want.text!r}"
+            )
     return asked
 
 
@@ -242,7 +249,3 @@ def refuse_taken_output(recipe: Recipe) -> None:
     target = recipe.folder / recipe.output.folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists already", hint="--overwrite, or another --out")
-
-
-Judge_ = Any
-__all__ = ["Pipeline", "Result", "SurgeryError", "plan_recipe", "rescue", "run_recipe", "save_result"]

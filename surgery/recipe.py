@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -17,6 +17,8 @@ from surgery.errors import RecipeError
 from surgery.options import Options, did_you_mean, explain
 
 KeyPath = tuple[str | int, ...]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Source(Options):
@@ -53,9 +55,9 @@ class Check(Options):
     outputs: dict[str, OutputTolerance] = Field(
         default_factory=dict, description="Tolerances of single outputs, by name."
     )
-    batches: tuple[int, ...] = Field((1, 3), min_length=1, description="Feed these batch sizes.")
-    lengths: tuple[int, ...] = Field((1, 2, 7, 100), min_length=1, description="Feed prompts of these lengths.")
-    past: tuple[int, ...] = Field((0, 1, 7, 99), min_length=1, description="Feed caches that hold so many tokens.")
+    batches: tuple[Positive, ...] = Field((1, 3), min_length=1, description="Feed these batch sizes.")
+    lengths: tuple[Positive, ...] = Field((1, 2, 7, 100), min_length=1, description="Feed prompts of these lengths.")
+    past: tuple[NotNegative, ...] = Field((0, 1, 7, 99), min_length=1, description="Feed caches that hold so many tokens.")
     seed: int = Field(0, ge=0, description="Draw the feeds from this seed.")
     data: Path | dict[str, Path] | None = Field(
         None,
@@ -63,7 +65,8 @@ class Check(Options):
         "the source has several models.",
     )
     prompts: tuple[str, ...] = Field(
-        (), description="Texts that the finished bundle must continue as the source does, greedily; the answers are shown."
+        (),
+        description="Texts that the finished bundle must continue as the source does, greedily; the answers are shown.",
     )
     max_new_tokens: int = Field(16, ge=1, description="Continue the prompts by at most so many tokens.")
 
@@ -138,7 +141,10 @@ class _Places:
         self._overrides[path] = text
 
     def of(self, path: KeyPath) -> str:
-        """Return the place of the longest known beginning of a path."""
+        """Return the place of the longest known beginning of a path, or the override of something in it."""
+        inner = next((text for key, text in self._overrides.items() if path and key[: len(path)] == path), None)
+        if inner is not None:
+            return inner
         for length in range(len(path), -1, -1):
             if path[:length] in self._overrides:
                 return self._overrides[path[:length]]
@@ -323,12 +329,11 @@ def _plain_path(path: KeyPath, tree: Any) -> KeyPath:
     kept: list[str | int] = []
     node = tree
     for part in path:
-        if isinstance(node, dict) and part in node:
+        try:
             node = node[part]
-            kept.append(part)
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-            kept.append(part)
+        except (KeyError, IndexError, TypeError):
+            continue
+        kept.append(part)
     return tuple(kept)
 
 

@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +70,7 @@ def find(word: str, folder: Path) -> type[Pass]:
     classes = [cls for cls in vars(module).values() if _is_pass_of(cls, module)]
     named = [cls for cls in classes if snake_case(cls.__name__) == word]
     assert len(named) == 1, f"passes/{word}.py must hold the one class that its name says"
-    return named[0]
+    return as_pass_class(named[0], word)
 
 
 def _is_pass_of(candidate: Any, module: ModuleType) -> bool:
@@ -91,9 +91,7 @@ def _built_in_package() -> ModuleType:
             f"another package named {PACKAGE!r} is imported, from {getattr(known, '__path__', '?')}",
             hint="import surgery.registry before it, or rename it",
         )
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, HOME / "__init__.py", submodule_search_locations=[str(HOME)]
-    )
+    spec = importlib.util.spec_from_file_location(PACKAGE, HOME / "__init__.py", submodule_search_locations=[str(HOME)])
     assert spec is not None
     assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
@@ -118,28 +116,37 @@ def as_pass_class(found: Any, word: str) -> type[Pass]:
 
 
 def resolve(reference: str, folder: Path) -> Any:
-    """Return the object that `module:name` names, looked for in a folder first and among installed modules then.
+    """Return the object that `module:name` or `path/to/file.py:name` names.
+
+    Args:
+        reference: The module is looked for in the folder first, and then among the installed ones.
+        folder: Also what a relative path is relative to.
 
     Raises:
         RecipeError: There is no such module or name, or the module cannot be imported.
     """
-    module_name, _, name = reference.partition(":")
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", reference):
+    match = re.fullmatch(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)", reference)
+    if match is None:
         raise RecipeError(f"{reference!r} is not of the form 'module:name'")
-    module = _load_module(module_name, folder)
-    if not hasattr(module, name):
+    module = _load_module(match["module"], folder)
+    if not hasattr(module, match["name"]):
         public = [known for known in vars(module) if not known.startswith("_")]
-        raise RecipeError(f"module {module_name!r} has no {name!r}{did_you_mean(name, public)}")
-    return getattr(module, name)
+        raise RecipeError(f"module {match['module']!r} has no {match['name']!r}{did_you_mean(match['name'], public)}")
+    return getattr(module, match["name"])
+
+
+def module_file(module: str, folder: Path) -> Path | None:
+    """Return the file beside a recipe that a module's name or path means, None if there is none."""
+    if module.endswith(".py"):
+        return folder / module
+    stem = folder.joinpath(*module.split("."))
+    return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
 
 
 def _load_module(name: str, folder: Path) -> ModuleType:
-    stem = folder.joinpath(*name.split("."))
-    file = next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
+    file = module_file(name, folder)
     with _import_errors_of(f"module {name!r} (looked for in {folder} and among installed modules)"):
-        if file is None:
-            return importlib.import_module(name)
-        return _load_file(file, folder)
+        return importlib.import_module(name) if file is None else _load_file(file, file.parent)
 
 
 def _load_file(file: Path, folder: Path) -> ModuleType:
@@ -177,6 +184,3 @@ def _import_errors_of(what: str) -> Iterator[None]:
 def givers(kind: type, folder: Path) -> list[str]:
     """Return the words of the installed passes that give a fact of this type."""
     return [word for word in words() if kind in find(word, folder).gives]
-
-
-Function = Callable[..., Any]

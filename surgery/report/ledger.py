@@ -12,11 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from surgery.manager import StepRecord
+from surgery.units import in_bytes
 
 if TYPE_CHECKING:
     from surgery.pipeline import Result
 
-LIBRARIES = ("graph-surgery", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "polygraphy", "torch", "transformers")
+LIBRARIES = (
+    "graph-surgery",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "polygraphy",
+    "torch",
+    "transformers",
+)
 
 
 def ledger_table(records: Sequence[StepRecord]) -> Table:
@@ -56,14 +66,6 @@ def _gaps(record: StepRecord) -> tuple[str, str]:
     if record.is_source:
         return (f"{verdict.step} to PyTorch" if verdict.step else "-"), "-"
     return str(verdict.step or "-"), str(verdict.source or "-")
-
-
-def in_bytes(count: int) -> str:
-    """Return a size in decimal units, as disks are sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
 
 
 def ledger_text(records: Sequence[StepRecord], width: int = 160) -> str:

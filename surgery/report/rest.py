@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.recipe import Recipe
+from surgery.registry import module_file
 
 
 def rest_of_recipe(recipe: Recipe, number: int) -> str:
@@ -39,7 +40,9 @@ def rest_of_recipe(recipe: Recipe, number: int) -> str:
 def _with_absolute_files(raw: Any, folder: Path) -> Any:
     if isinstance(raw, str):
         return _absolute_reference(raw, folder)
-    return {key: _absolute_reference(value, folder) if key in ("pass", "function") else value for key, value in raw.items()}
+    return {
+        key: _absolute_reference(value, folder) if key in ("pass", "function") else value for key, value in raw.items()
+    }
 
 
 def _absolute_reference(reference: Any, folder: Path) -> Any:
@@ -47,8 +50,8 @@ def _absolute_reference(reference: Any, folder: Path) -> Any:
     if not isinstance(reference, str) or ":" not in reference:
         return reference
     module, _, name = reference.rpartition(":")
-    stem = folder / module if module.endswith(".py") else folder.joinpath(*module.split(".")).with_suffix(".py")
-    return f"{stem.resolve()}:{name}" if stem.is_file() else reference
+    file = module_file(module, folder)
+    return f"{file.resolve()}:{name}" if file is not None else reference
 
 
 def _absolute_data(check: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -78,13 +78,13 @@ def _end_ids(config: Mapping[str, Any]) -> frozenset[int]:
 
 def position_ids(mask: np.ndarray) -> np.ndarray:
     """Return positions [batch, length] that count from the first token that is not padding."""
-    return np.maximum(np.cumsum(mask, axis=-1) - 1, 0).astype(np.int64)
+    return np.asarray(np.maximum(np.cumsum(mask, axis=-1) - 1, 0), dtype=np.int64)
 
 
 def past_feeds(inputs: frozenset[str], outputs: Arrays) -> Arrays:
-    """Return a step's outputs `present.*` as the next step's inputs `past_key_values.*`."""
-    renamed = {name.replace("present", "past_key_values", 1): array for name, array in outputs.items()}
-    return {name: array for name, array in renamed.items() if name in inputs}
+    """Return a step's outputs `present.*` as the next step's inputs `past_key_values.*`, where those are inputs."""
+    renamed = {name: f"past_key_values{name.removeprefix('present')}" for name in outputs if name.startswith("present")}
+    return {past: outputs[name] for name, past in renamed.items() if past in inputs}
 
 
 def _start_decoder(models: Mapping[str, Callee], feeds: Mapping[str, np.ndarray]) -> tuple[Arrays, Step]:

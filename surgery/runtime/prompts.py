@@ -46,7 +46,7 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
     config = {**bundle.config, **bundle.generation_config}
     rows = [tokenizer.encode(prompt).ids for prompt in prompts]
     ids, mask = left_padded(rows, config.get("pad_token_id") or 0)
-    models = {role: _callee(bundle[role], run) for role in roles}
+    models: dict[str, Callee] = {role: _callee(bundle[role], run) for role in roles}
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(max_new_tokens)}
     sequences = greedy(models, feeds, config)["sequences"]
     return [

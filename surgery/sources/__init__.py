@@ -41,6 +41,22 @@ class SourceKind(Protocol):
         """Open the models; what has to be made on the way is put into the scratch folder."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """A bundle that is open already."""
+
+    bundle: Bundle
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that it has."""
+        return tuple(self.bundle.models)
+
+    def open(self, scratch: Path, progress: Callable[[str], None]) -> Opened:
+        """Hand it over."""
+        return Opened(self.bundle)
+
+
 def find_source(source: Source, folder: Path) -> SourceKind:
     """Recognise a source; nothing but names and configs is read.
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Hashable, Iterator
 
 import onnx
 import onnx_ir as ir
 
 from surgery.storage.hollow import Stub, Weight, hollow
-from surgery.storage.region import Region, bytes_reader
+from surgery.storage.region import Region, bytes_reader, key_of
 from surgery.storage.versions import lower
 
 _CHUNK_BYTES = 1 << 20
 # Below this, reading a tensor is cheaper than thinking about it.
 _SMALL_BYTES = 1 << 20
-_TOKEN = "surgery.storage.identity"
 
 
 def fingerprint(model: ir.Model) -> str:
@@ -27,7 +25,7 @@ def fingerprint(model: ir.Model) -> str:
     digests: dict[Hashable, str] = {}
 
     def place(weight: Weight) -> Stub:
-        key = weight.tensor.place if isinstance(weight.tensor, Region) else id(weight.tensor)
+        key = key_of(weight.tensor)
         if key not in digests:
             digests[key] = _digest(weight.tensor)
         return Stub(digests[key])
@@ -49,12 +47,9 @@ def identity(model: ir.Model) -> str:
 
 
 def _who(tensor: ir.TensorProtocol) -> str:
-    if isinstance(tensor, Region):
-        return f"place {tensor.place}"
-    if tensor.nbytes < _SMALL_BYTES and not isinstance(tensor, ir.LazyTensor):
+    if tensor.nbytes < _SMALL_BYTES and not isinstance(tensor, (Region, ir.LazyTensor)):
         return _digest(tensor)
-    # An id may be given again once a tensor is gone; a token never is.
-    return str(tensor.meta.setdefault(_TOKEN, secrets.token_hex(8)))
+    return str(key_of(tensor))
 
 
 def _digest(tensor: ir.TensorProtocol) -> str:

@@ -6,10 +6,11 @@ import errno
 import math
 import mmap
 import os
+import secrets
 import stat
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from surgery.errors import ModelFileError
 
 Place = tuple[int, int, int, int]
 """Device, inode, offset and length: two regions of one place are the same bytes on disk."""
+
+_TOKEN = "surgery.storage.token"
 
 COPY_CHUNK_BYTES = 64 << 20
 BUFFER_BYTES = 8 << 20
@@ -209,6 +212,14 @@ class MemoryReader:
 def bytes_reader(tensor: ir.TensorProtocol) -> ByteReader:
     """Return the tensor's bytes as something that is read piece by piece."""
     return tensor if isinstance(tensor, Region) else MemoryReader(tensor)
+
+
+def key_of(tensor: ir.TensorProtocol) -> Hashable:
+    """Return what two tensors have in common if they are the same bytes on disk or the same object in memory."""
+    if isinstance(tensor, Region):
+        return tensor.place
+    # An id may be given again once its object is gone; a token never is.
+    return str(tensor.meta.setdefault(_TOKEN, secrets.token_hex(8)))
 
 
 def memory_of(tensor: ir.TensorProtocol) -> memoryview:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from surgery.errors import OutputError
 from surgery.storage.atomic import publish_folder, publish_model, staging
-from surgery.storage.hollow import Stub, Weight, hollow
 from surgery.storage.naming import (
     MANIFEST,
     SHARED_DATA,
@@ -24,20 +23,18 @@ from surgery.storage.naming import (
     manifest_bytes,
     read_manifest,
 )
-from surgery.storage.region import DataFile, Region, copy_range, memory_of, write_all
-from surgery.storage.versions import lower
-from surgery.storage.wire import MARKER, Chunk, inline, size_of
+from surgery.storage.packing import (
+    DataPlan,
+    FilePlan,
+    Plan,
+    Progress,
+    check_graph_size,
+    graph_chunks,
+    write_files,
+)
+from surgery.storage.region import DataFile, Region
 
 Layout = Literal["optimum", "shared", "single"]
-Progress = Callable[[int, int], None]
-
-# A page, so that the runtime can map a big weight; and a cache line, which is all that arithmetic on a small one wants
-# and wastes at most 6 % of the smallest.
-PAGE_BYTES = 4096
-LINE_BYTES = 64
-BIG_BYTES = 1 << 20
-# protobuf reads no message of 2 GiB or more.
-MAX_GRAPH_BYTES = (1 << 31) - 1
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -48,40 +45,6 @@ class SavedFile:
 
     name: str
     bytes: int
-
-
-@dataclass
-class _Data:
-    """A data file to be: which weight goes where. Weights that are one object or one place on disk go in once."""
-
-    name: str
-    size: int = 0
-    entries: list[tuple[int, ir.TensorProtocol]] = field(default_factory=list)
-    offsets: dict[object, int] = field(default_factory=dict)
-
-    def place(self, tensor: ir.TensorProtocol) -> int:
-        """Return the tensor's offset."""
-        key: object = tensor.place if isinstance(tensor, Region) else id(tensor)
-        if key in self.offsets:
-            return self.offsets[key]
-        unit = PAGE_BYTES if tensor.nbytes >= BIG_BYTES else LINE_BYTES
-        offset = -(-self.size // unit) * unit
-        self.entries.append((offset, tensor))
-        self.offsets[key] = offset
-        self.size = offset + tensor.nbytes
-        return offset
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """Another file to be: the chunks that it consists of."""
-
-    name: str
-    chunks: Sequence[Chunk | DataFile]
-
-    @property
-    def size(self) -> int:
-        return sum(chunk.size if isinstance(chunk, DataFile) else size_of([chunk]) for chunk in self.chunks)
 
 
 def save_models(
@@ -115,18 +78,18 @@ def save_models(
         OutputError: If the place is taken or protected, the disk is full, or a graph would exceed 2 GiB.
         ModelFileError: If a source file has become shorter, or an initializer has no value.
     """
-    target = _resolved(folder)
+    target = Path(folder).resolve()
     _check_folder(target, overwrite, protected)
-    names = {role: file_of_role(role) for role in models}
+    names = {role: _file_name(role) for role in models}
     data, graphs = _plan(models, names, layout, min_bytes)
     others = [_extra_file(name, content) for name, content in (extras or {}).items()]
-    files: list[_Data | _File] = [*data, *others, *graphs]
+    files: list[Plan] = [*data, *others, *graphs]
     _check_names([*(file.name for file in files), MANIFEST])
-    files.append(_File(MANIFEST, [manifest_bytes(layout, names, [file.name for file in files])]))
+    files.append(FilePlan(MANIFEST, [manifest_bytes(layout, names, [file.name for file in files])]))
     old = read_manifest(target)
     with _write_errors(target, files), staging(target) as staged:
         _check_space(target.parent, files)
-        _write(staged, files, progress)
+        write_files(staged, files, progress)
         publish_folder(staged, target, old.files if old else ())
     return [SavedFile(file.name, file.size) for file in files]
 
@@ -149,18 +112,19 @@ def save_model(
         OutputError: If the place is taken or protected, the disk is full, or a graph would exceed 2 GiB.
         ModelFileError: If a source file has become shorter, or an initializer has no value.
     """
-    target = _resolved(path)
+    # A link is replaced, not what it points to: that may be a file of a cache that others share.
+    target = Path(path).parent.resolve() / Path(path).name
     data, (graph,) = _plan({"model": model}, {"model": target.name}, layout, min_bytes)
-    files: list[_Data | _File] = [*data, graph]
+    files: list[Plan] = [*data, graph]
     for file in files:
         _check_file(target.parent / file.name, overwrite, protected)
     with _write_errors(target, files), staging(target, keep_stale=True) as staged:
         _check_space(target.parent, files)
-        _write(staged, files, progress)
+        write_files(staged, files, progress)
         if data and (target.exists() or (target.parent / data[0].name).exists()):
             location = f"{staged.name}/{data[0].name}"
             _, (interim,) = _plan({"model": model}, {"model": "interim.onnx"}, layout, min_bytes, location)
-            _write(staged, [interim], None)
+            write_files(staged, [interim], None)
             finals = target, target.parent / data[0].name
             publish_model(staged / graph.name, finals[0], staged / data[0].name, finals[1], staged / interim.name)
         else:
@@ -171,95 +135,29 @@ def save_model(
 
 def _plan(
     models: Mapping[str, ir.Model], names: Mapping[str, str], layout: Layout, min_bytes: int, location: str = ""
-) -> tuple[list[_Data], list[_File]]:
+) -> tuple[list[DataPlan], list[FilePlan]]:
     """Return the data files and the graph files; nothing has been written yet."""
-    data: dict[str, _Data] = {}
-    graphs: list[_File] = []
+    data: dict[str, DataPlan] = {}
+    graphs: list[FilePlan] = []
     for role, model in models.items():
         data_name = location or (SHARED_DATA if layout == "shared" else data_file_of(names[role]))
-        outside = None if layout == "single" else data.setdefault(data_name, _Data(data_name))
-        graphs.append(_File(names[role], _graph_chunks(model, outside, min_bytes)))
-        _check_graph_size(graphs[-1], layout)
+        outside = None if layout == "single" else data.setdefault(data_name, DataPlan(data_name))
+        graphs.append(FilePlan(names[role], graph_chunks(model, outside, min_bytes)))
+        check_graph_size(graphs[-1], has_data_file=outside is not None)
     return [file for file in data.values() if file.entries], graphs
 
 
-def _graph_chunks(model: ir.Model, data: _Data | None, min_bytes: int) -> list[Chunk]:
-    inside: list[ir.TensorProtocol] = []
-
-    def place(weight: Weight) -> Stub:
-        if data is not None and weight.role == "initializer":
-            return Stub(data.name, data.place(weight.tensor), weight.tensor.nbytes)
-        inside.append(weight.tensor)
-        return Stub(MARKER, len(inside) - 1, weight.tensor.nbytes)
-
-    proto = hollow(model, place, min_bytes=min_bytes)
-    lower(proto)
-    return inline(proto.SerializeToString(), inside.__getitem__)
+def _file_name(role: str) -> str:
+    if not role or role != PurePosixPath(role).name:
+        raise OutputError(f"the role {role!r} cannot be a file name")
+    return file_of_role(role)
 
 
-def _write(folder: Path, files: Sequence[_Data | _File], progress: Progress | None) -> None:
-    total = sum(file.size for file in files)
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    for file in files:
-        path = folder / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            if isinstance(file, _Data):
-                _write_data(fd, file, on_bytes)
-            else:
-                _write_chunks(fd, file.chunks, on_bytes)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _write_data(fd: int, file: _Data, on_bytes: Callable[[int], None]) -> None:
-    end = 0
-    for offset, tensor in file.entries:
-        on_bytes(offset - end)
-        _write_tensor(fd, offset, tensor, on_bytes)
-        end = offset + tensor.nbytes
-
-
-def _write_chunks(fd: int, chunks: Sequence[Chunk | DataFile], on_bytes: Callable[[int], None]) -> None:
-    position = 0
-    for chunk in chunks:
-        if isinstance(chunk, DataFile):
-            copy_range(chunk, 0, chunk.size, fd, position, on_bytes)
-            position += chunk.size
-        elif isinstance(chunk, (bytes, memoryview)):
-            write_all(fd, chunk, position, on_bytes)
-            position += len(chunk)
-        else:
-            _write_tensor(fd, position, chunk, on_bytes)
-            position += chunk.nbytes
-
-
-def _write_tensor(fd: int, position: int, tensor: ir.TensorProtocol, on_bytes: Callable[[int], None]) -> None:
-    if isinstance(tensor, Region):
-        tensor.copy_to(fd, position, on_bytes)
-        return
-    content = memory_of(tensor)
-    if content.nbytes != tensor.nbytes:
-        raise OutputError(
-            f"weight {tensor.name!r} has {content.nbytes:,} bytes, its type and shape say {tensor.nbytes:,}"
-        )
-    write_all(fd, content, position, on_bytes)
-
-
-def _extra_file(name: str, content: bytes | Path) -> _File:
+def _extra_file(name: str, content: bytes | Path) -> FilePlan:
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
         raise OutputError(f"the extra file {name!r} would not be inside the output folder")
-    return _File(PurePosixPath(name).as_posix(), [DataFile(content) if isinstance(content, Path) else content])
+    return FilePlan(PurePosixPath(name).as_posix(), [DataFile(content) if isinstance(content, Path) else content])
 
 
 def _check_names(names: Collection[str]) -> None:
@@ -268,18 +166,6 @@ def _check_names(names: Collection[str]) -> None:
         if name in seen:
             raise OutputError(f"two files to be written have the name {name!r}")
         seen.add(name)
-
-
-def _check_graph_size(graph: _File, layout: Layout) -> None:
-    if graph.size <= MAX_GRAPH_BYTES:
-        return
-    if layout == "single":
-        hint = "choose the layout 'optimum' or 'shared', which keep the weights in a data file"
-    else:
-        hint = "make initializers of the big tensors in Constant nodes and functions: dedup_weights does"
-    raise OutputError(
-        f"{graph.name}: would have {graph.size:,} bytes, protobuf reads up to {MAX_GRAPH_BYTES:,}", hint=hint
-    )
 
 
 def _check_folder(target: Path, overwrite: bool, protected: Sequence[str | os.PathLike[str]]) -> None:
@@ -293,8 +179,16 @@ def _check_folder(target: Path, overwrite: bool, protected: Sequence[str | os.Pa
         return
     if not target.is_dir():
         raise OutputError(f"{target}: is a file, not a folder", hint="choose another output folder")
-    if not overwrite and any(target.iterdir()):
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
         raise OutputError(f"{target}: exists and is not empty", hint="choose another folder, or --overwrite")
+    for path in _spellings(protected):
+        if path in target.parents:
+            raise OutputError(
+                f"{target}: is a part of the input {path}, and inputs are never modified",
+                hint="choose another output folder",
+            )
 
 
 def _check_file(target: Path, overwrite: bool, protected: Sequence[str | os.PathLike[str]]) -> None:
@@ -318,18 +212,13 @@ def _spellings(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
         yield Path(path).resolve()
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Return the path with the links of its folders followed, and its own: we replace what it points to."""
-    return Path(path).resolve()
-
-
-def _check_space(folder: Path, files: Sequence[_Data | _File]) -> None:
+def _check_space(folder: Path, files: Sequence[Plan]) -> None:
     needed, free = _bytes_needed(files), shutil.disk_usage(folder).free
     if needed > free:
         raise _full(folder, needed, free, "not enough space")
 
 
-def _bytes_needed(files: Sequence[_Data | _File]) -> int:
+def _bytes_needed(files: Sequence[Plan]) -> int:
     """Return what the files take on disk: holes of a source stay holes."""
     needed = 0
     stored: dict[tuple[int, int], int] = {}
@@ -346,16 +235,16 @@ def _bytes_needed(files: Sequence[_Data | _File]) -> int:
     return needed + in_memory + sum(stored.values()) - holes
 
 
-def _tensors(files: Sequence[_Data | _File]) -> Iterator[ir.TensorProtocol]:
+def _tensors(files: Sequence[Plan]) -> Iterator[ir.TensorProtocol]:
     for file in files:
-        if isinstance(file, _Data):
+        if isinstance(file, DataPlan):
             yield from (tensor for _, tensor in file.entries)
         else:
             yield from (chunk for chunk in file.chunks if not isinstance(chunk, (bytes, memoryview, DataFile)))
 
 
 @contextmanager
-def _write_errors(target: Path, files: Sequence[_Data | _File]) -> Iterator[None]:
+def _write_errors(target: Path, files: Sequence[Plan]) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -11,12 +11,12 @@ import onnx_ir as ir
 from surgery.storage.hollow import Stub, Weight, hollow
 from surgery.storage.versions import lower
 
-# Never opened: the session is given each of these weights as a value.
-_ELSEWHERE = "given to the session"
+ELSEWHERE = "given-to-the-session"
+"""The file that a skeleton says its weights are in: nobody reads it, ONNX Runtime only wants it to exist."""
 
 
 def skeleton(model: ir.Model, *, inline_below: int = 1024) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
-    """Serialise a model for `SessionOptions.add_external_initializers`; the model stays as it is.
+    """Serialise a model for a session that is given its weights as values; the model stays as it is.
 
     The session takes values only for initializers of the main graph (ONNX Runtime 1.31), so the big initializers of
     subgraphs move there under fresh names, and the big `Constant` nodes of all graphs become such initializers. Weights
@@ -35,7 +35,7 @@ def skeleton(model: ir.Model, *, inline_below: int = 1024) -> tuple[bytes, dict[
         if weight.is_in_function or weight.role == "attribute":
             return None
         tensors.append(weight.tensor)
-        return Stub(_ELSEWHERE, len(tensors) - 1, weight.tensor.nbytes)
+        return Stub(ELSEWHERE, len(tensors) - 1, weight.tensor.nbytes)
 
     proto = hollow(model, place, min_bytes=inline_below)
     lower(proto)

@@ -58,5 +58,7 @@ def _way_out(record: StepRecord) -> str:
     if record.is_source:
         return "another source.opset, or a higher check.max_error if the export may differ so much"
     if record.effect is Effect.EXACT:
-        return "leave this step out, or declare it close if it takes an option `effect`; an exact step cannot be loosened"
+        return (
+            "leave this step out, or declare it close if it takes an option `effect`; an exact step cannot be loosened"
+        )
     return f"the step's options, or check.outputs.{first.output}.max_error"

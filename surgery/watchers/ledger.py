@@ -37,7 +37,7 @@ class Ledger:
 
 
 class MemoryMeter:
-    """Samples the anonymous memory of this process, which mapped weights are no part of; nothing where there is no /proc."""
+    """Samples the anonymous memory of this process, of which mapped weights are no part; needs /proc."""
 
     def __init__(self) -> None:
         self._peak: int | None = None

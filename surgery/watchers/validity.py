@@ -38,7 +38,9 @@ class Validity:
                 continue
             problem = find_problem(model)
             if problem and record.is_source:
-                raise ModelFileError(f"{role}: not a valid ONNX model: {problem}", hint="--no-check works on it as it is")
+                raise ModelFileError(
+                    f"{role}: not a valid ONNX model: {problem}", hint="--no-check works on it as it is"
+                )
             if problem:
                 raise StepFailed(f"{role}: left an invalid model: {problem}")
             self._valid.add(identities[role])
