@@ -179,13 +179,17 @@ class Manager:
     scratch: Path
     progress: Callable[[str], None] = lambda sentence: None
 
-    def open(self, bundle: Bundle) -> None:
+    def open(self, bundle: Bundle, seconds: float = 0.0) -> None:
         """Show the source to the watchers, as line 0.
+
+        Args:
+            bundle: The source.
+            seconds: What it took to open or export it.
 
         Raises:
             Stopped: The source is not what it should be.
         """
-        record = StepRecord(0, "source", bundle, bundle)
+        record = StepRecord(0, "source", bundle, bundle, seconds=seconds)
         with _stopping(record, None):
             self._watch(record)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -165,13 +166,15 @@ def run_recipe(
     ledger = Ledger(show)
     ledger.starting(0, "source")
     say(f"opening {recipe.source.path}")
+    start = time.perf_counter()
     opened = source.open(Path(scratch.name), say)
+    seconds = time.perf_counter() - start
     with closing(Judge(opened.bundle, recipe.check, opened.reference, recipe.folder)) as judge:
         snapshots = Snapshots()
         checks: list[Watcher] = [Validity(), Accuracy(judge)] if is_checked else []
         manager = Manager(judge, [*checks, snapshots, ledger], recipe.check, Path(scratch.name), say)
         try:
-            manager.open(opened.bundle)
+            manager.open(opened.bundle, seconds)
             finished = manager.run(opened.bundle, recipe.steps)
         finally:
             if keep_steps is not None:

@@ -58,6 +58,7 @@ class Drops(ModelPass):
     def rewrite(self, model, context):
         relu = model.graph.outputs[0].producer()
         before = relu.inputs[0].producer()
+        relu.inputs[0].type, relu.inputs[0].shape = relu.outputs[0].type, relu.outputs[0].shape
         relu.inputs[0].name, relu.outputs[0].name = "y", "gone"
         model.graph.outputs[0] = relu.inputs[0]
         model.graph.remove(relu, safe=True)
@@ -107,7 +108,7 @@ def test_run_shows_a_line_a_step_and_the_ledger_and_writes_the_result(folder: Pa
     assert done.returncode == 0, done.stderr
     assert "step 1 dedup_weights: exact; shared 1 weight, 16.4 kB saved" in done.stdout
     assert "gap to the" in done.stdout
-    assert "model: 5 samples: batch 1, 3; length 1, 2, 7, 100" in done.stdout
+    assert "model: 2 samples: batch 1, 3" in done.stdout
     assert sorted(file.name for file in (folder / "out").iterdir()) == [
         "bundle.json",
         "model.onnx",

@@ -297,7 +297,7 @@ def test_every_mistake_of_a_plan_is_said_at_once() -> None:
     ("pass_", "text"),
     [
         (Promise(), "did not make 'decoder'"),
-        (JoinSilently(), "nothing is claimed about 'decoder'"),
+        (JoinSilently(), "nothing is claimed about the model 'decoder'"),
         (Raises(), r"step 1 \(raises\): raised ValueError: the pass is broken"),
         (Refuses(), "this model is of the wrong kind"),
     ],

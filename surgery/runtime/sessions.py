@@ -8,20 +8,21 @@ import textwrap
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
-from surgery.errors import ModelFileError
+from surgery.errors import ModelFileError, SurgeryError
 from surgery.storage.region import key_of, memory_of
 from surgery.storage.skeleton import ELSEWHERE, skeleton
 
 if TYPE_CHECKING:
     import onnxruntime
 
-# Log only what is fatal: the runtime's warnings are about its own optimizers.
-_ERRORS_ONLY = 3
+# Nothing on the terminal: warnings are about the runtime's own optimizers, and errors are raised as well.
+_FATAL_ONLY = 4
 _VERSION_ERROR = re.compile(r"opset|IR version|is under development", re.IGNORECASE)
 
 
@@ -33,11 +34,12 @@ def open_session(
     threads: int = 1,
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> onnxruntime.InferenceSession:
-    """Open a session over a model in memory; its weights are not serialised, and not copied unless it optimizes.
+    """Open a session over a model in memory; its weights are not serialised, nor copied unless it must be.
 
     Args:
         model: Any model; it stays as it is.
-        optimize: Let ONNX Runtime rewrite the graph; it then copies the weights. Off, what runs is what is written.
+        optimize: Let ONNX Runtime rewrite the graph; it then copies the weights, as with a
+            provider that has its own memory. Off, what runs is what is written.
         prepacking: Let kernels keep rearranged copies of constant weights. It costs memory, and changes the last bits:
             the same MatMul by a computed weight is not rearranged.
         threads: Threads within an operator; results are only comparable at the same number.
@@ -46,8 +48,7 @@ def open_session(
     Raises:
         ModelFileError: If ONNX Runtime does not take the model.
     """
-    import onnxruntime
-
+    onnxruntime = runtime()
     content, weights = skeleton(model)
     values = session_values(weights)
     options = onnxruntime.SessionOptions()
@@ -56,10 +57,11 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     if not prepacking:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    with _weights_for(options, values, optimize):
+    is_shared = not optimize and set(providers) == {"CPUExecutionProvider"}
+    with _weights_for(options, values, is_shared=is_shared):
         try:
             session = onnxruntime.InferenceSession(content, options, providers=list(providers), enable_fallback=0)
         except Exception as error:
@@ -67,6 +69,20 @@ def open_session(
     # The session points into these values, which point into the mapped files; ONNX Runtime keeps neither alive.
     session.surgery_weights = values
     return session
+
+
+def runtime() -> ModuleType:
+    """Return ONNX Runtime.
+
+    Raises:
+        SurgeryError: It is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        hint = "pip install graph-surgery[cpu] (or [gpu]), or --no-check"
+        raise SurgeryError("ONNX Runtime is not installed, so no model can be run", hint=hint) from error
+    return onnxruntime
 
 
 def session_values(weights: Mapping[str, ir.TensorProtocol]) -> dict[str, onnxruntime.OrtValue]:
@@ -83,15 +99,15 @@ def session_values(weights: Mapping[str, ir.TensorProtocol]) -> dict[str, onnxru
 
 @contextmanager
 def _weights_for(
-    options: onnxruntime.SessionOptions, values: Mapping[str, onnxruntime.OrtValue], optimize: bool
+    options: onnxruntime.SessionOptions, values: Mapping[str, onnxruntime.OrtValue], *, is_shared: bool
 ) -> Iterator[None]:
     """Give a session to be the weights.
 
-    `add_initializer` shares memory, but optimizers do not see the values, and would read the file that the skeleton
-    names. `add_external_initializers` shows them the values, and the session keeps copies (ONNX Runtime 1.31: 490 MB
-    for 490 MB of weights, against 2 MB).
+    `add_initializer` shares memory, but optimizers do not see the values and would read the file that the skeleton
+    names, and the memory must be the provider's own. `add_external_initializers` has neither limit, and the session
+    keeps copies (ONNX Runtime 1.31: 490 MB for 490 MB of weights, against 2 MB).
     """
-    if optimize:
+    if not is_shared:
         options.add_external_initializers(list(values), list(values.values()))
         yield
         return

@@ -15,7 +15,6 @@ from surgery.storage.opening import open_model
 from surgery.storage.region import ByteReader, DataFile, Place, Region, bytes_reader, key_of, memory_of
 from surgery.storage.saving import Layout, SavedFile, save_model, save_models
 from surgery.storage.skeleton import skeleton
-from surgery.storage.steps import StepStore
 from surgery.storage.structure import check_structure, find_disorder
 from surgery.storage.twins import find_twins
 from surgery.storage.versions import lower
@@ -29,7 +28,6 @@ __all__ = [
     "Place",
     "Region",
     "SavedFile",
-    "StepStore",
     "bytes_reader",
     "check_structure",
     "data_file_of",

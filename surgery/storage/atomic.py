@@ -27,6 +27,8 @@ def staging(target: Path, *, keep_stale: bool = False) -> Iterator[Path]:
     What a killed process left beside the same target is removed first, or with `keep_stale` when all went well.
     The folder is locked, so that another process, in another container even, can tell that it is in use.
     """
+    if target.parent.is_file():
+        raise OutputError(f"{target.parent}: is a file, not a folder", hint="choose another output folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not keep_stale:
         remove_stale(target)

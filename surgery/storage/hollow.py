@@ -9,7 +9,7 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 
-from surgery.errors import ModelFileError
+from surgery.errors import ModelFileError, SurgeryError
 
 Role = Literal["initializer", "constant", "attribute"]
 """An initializer, the value of a `Constant` node, or an attribute of another node."""
@@ -46,9 +46,23 @@ def hollow(model: ir.Model, place: Callable[[Weight], Stub | None], *, min_bytes
         min_bytes: What is smaller is always inline.
 
     Raises:
-        ModelFileError: If an initializer has no value.
+        ModelFileError: If an initializer has no value, or something in the model cannot be written down.
     """
-    return ir.serde.serialize_model(_Hollower(place, min_bytes).model(model))
+    stand_in = _Hollower(place, min_bytes).model(model)
+    try:
+        return ir.serde.serialize_model(stand_in)
+    except ir.serde.SerdeError as error:
+        cause = root_cause(error)
+        if isinstance(cause, SurgeryError):
+            raise cause from error
+        raise ModelFileError(f"the model cannot be serialised: {cause}") from error
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return what went wrong in the first place: onnx_ir wraps an error once for every level of nesting."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 class _StandIn:

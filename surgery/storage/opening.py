@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterator, MutableMapping
 from itertools import chain
@@ -13,7 +12,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from surgery.errors import ModelFileError
-from surgery.storage.region import DataFile, Region, bytes_of_shape
+from surgery.storage.hollow import root_cause
+from surgery.storage.region import DataFile, Region, Window, bytes_of_shape
 from surgery.storage.structure import find_disorder
 from surgery.storage.wire import MARKER, lift
 
@@ -52,7 +52,7 @@ def _parse(file: DataFile, min_bytes: int) -> onnx.ModelProto:
         raise ModelFileError(f"{file.path}: is empty, not an ONNX model", hint="download or export the file again")
     if file.read(0, min(file.size, len(_LFS_POINTER))) == _LFS_POINTER:
         raise ModelFileError(f"{file.path}: is a Git LFS pointer, not an ONNX model", hint="git lfs pull")
-    slim = _lifted(file, min_bytes)
+    slim, _ = lift(Window(file), path=file.path, min_bytes=min_bytes)
     try:
         proto = onnx.ModelProto.FromString(slim)
     except DecodeError as error:
@@ -61,15 +61,6 @@ def _parse(file: DataFile, min_bytes: int) -> onnx.ModelProto:
         raise ModelFileError(f"{file.path}: is not an ONNX model: it has no graph")
     _refuse_what_would_be_lost(file.path, proto)
     return proto
-
-
-def _lifted(file: DataFile, min_bytes: int) -> bytes:
-    """Return the model without its weights; the mapping for it reads no pages ahead and is gone afterwards."""
-    with mmap.mmap(file.fd, 0, access=mmap.ACCESS_READ) as mapping:
-        mapping.madvise(mmap.MADV_RANDOM)
-        with memoryview(mapping) as buffer:
-            slim, _ = lift(buffer, path=file.path, min_bytes=min_bytes)
-    return slim
 
 
 def _refuse_what_would_be_lost(path: str, proto: onnx.ModelProto) -> None:
@@ -89,11 +80,7 @@ def _deserialize(path: Path, proto: onnx.ModelProto) -> ir.Model:
     try:
         return ir.serde.deserialize_model(proto)
     except Exception as error:
-        # onnx_ir wraps the cause once for every level of nesting.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ModelFileError(f"{path}: cannot be read: {cause}") from error
+        raise ModelFileError(f"{path}: cannot be read: {root_cause(error)}") from error
 
 
 def _named(path: Path, check: Callable[[], str]) -> str:
@@ -115,6 +102,8 @@ class _Tensors:
         what = f"tensor {proto.name!r}" if proto.name else f"the tensor of {where}"
         if any(size < 0 for size in proto.dims):
             raise self.error(f"{what} has the shape {list(proto.dims)}")
+        if proto.data_type == onnx.TensorProto.UNDEFINED:
+            raise self.error(f"{what} has no element type")
         if proto.data_location == onnx.TensorProto.EXTERNAL:
             self.check_external(what, proto)
         elif proto.HasField("raw_data"):

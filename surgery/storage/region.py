@@ -11,7 +11,7 @@ import stat
 import sys
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, overload
 
 import numpy as np
 import onnx_ir as ir
@@ -81,6 +81,35 @@ class DataFile:
             pieces.append(piece)
             offset, size = offset + len(piece), size - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class Window:
+    """A file as a sequence of bytes of which a little is in memory: no mapping, so no crash if the file shrinks."""
+
+    def __init__(self, file: DataFile, window_bytes: int = 16 << 10) -> None:
+        self._file = file
+        self._window_bytes = window_bytes
+        self._start = 0
+        self._content = b""
+
+    def __len__(self) -> int:
+        return self._file.size
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> bytes: ...
+
+    def __getitem__(self, index: int | slice) -> int | bytes:
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return self._file.read(start, stop - start)
+        here = index - self._start
+        if not 0 <= here < len(self._content):
+            self._content = self._file.read(index, min(self._window_bytes, len(self) - index))
+            self._start, here = index, 0
+        return self._content[here]
 
 
 class Region(TensorBase):

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from surgery.errors import ModelFileError
+from surgery.storage.region import Window
 
 MARKER = "\0surgery"
 """The location that stands for "the bytes were here": no real file name holds a NUL."""
@@ -80,11 +81,11 @@ class _Field(NamedTuple):
     stop: int
 
 
-def lift(buffer: memoryview, *, path: str, min_bytes: int = 1024) -> tuple[bytes, list[Payload]]:
+def lift(buffer: memoryview | Window, *, path: str, min_bytes: int = 1024) -> tuple[bytes, list[Payload]]:
     """Cut the big tensors out of a serialised ModelProto.
 
     Args:
-        buffer: The file, mapped; only the bytes between the payloads are looked at.
+        buffer: The file; only the bytes between the payloads are looked at.
         path: The file's name, for errors.
         min_bytes: What is smaller stays where it is.
 
@@ -97,7 +98,7 @@ def lift(buffer: memoryview, *, path: str, min_bytes: int = 1024) -> tuple[bytes
     """
     lifter = _Lifter(buffer, path, max(min_bytes, 1))
     chunks = lifter.message("ModelProto", 0, len(buffer), 0)
-    slim = bytes(buffer) if chunks is None else b"".join(chunks)
+    slim = bytes(buffer[:]) if chunks is None else b"".join(chunks)
     return slim, lifter.payloads
 
 
@@ -122,7 +123,7 @@ def size_of(chunks: Sequence[Chunk]) -> int:
 
 
 class _Lifter:
-    def __init__(self, buffer: memoryview, path: str, min_bytes: int) -> None:
+    def __init__(self, buffer: memoryview | Window, path: str, min_bytes: int) -> None:
         self.buffer = buffer
         self.path = path
         self.min_bytes = min_bytes
