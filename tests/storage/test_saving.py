@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_models import SIDE, chain, everywhere, floats, matrix, tensor_of, with_initializer, write
 
 from surgery.errors import ModelFileError, OutputError
-from surgery.storage import Region, StepStore, fingerprint, open_model, read_manifest, save_model, save_models
+from surgery.storage import Region, fingerprint, open_model, read_manifest, save_model, save_models
 from surgery.storage.atomic import _replace_in_two_steps
 
 LAYOUTS = ("optimum", "shared", "single")
@@ -388,22 +388,6 @@ def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
     save_model(ir.from_proto(chain(matrix(0))), tmp_path / "m.onnx", overwrite=True, layout="single")
     assert blob.read_bytes() == b"of somebody else"
     assert not (tmp_path / "m.onnx").is_symlink()
-
-
-def test_steps_share_one_file_of_weights_that_only_grows(tmp_path):
-    store = StepStore(tmp_path / "steps")
-    source = opened(tmp_path, chain(matrix(0), matrix(1)))
-    store.add("0_source.model.onnx", source)
-    changed = source.clone()
-    changed.graph.initializers["w1"].const_value = ir.tensor(matrix(2), name="w1")
-    store.add("1_change.model.onnx", changed)
-    store.add("2_same.model.onnx", changed)
-    StepStore(tmp_path / "steps").add("another_run.model.onnx", source)
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "steps").iterdir()}
-    assert sizes.pop("weights.onnx_data") == 5 * 4096
-    assert len(sizes) == 4
-    for name, model in (("0_source", source), ("1_change", changed), ("2_same", changed), ("another_run", source)):
-        assert fingerprint(open_model(tmp_path / "steps" / f"{name}.model.onnx")) == fingerprint(model)
 
 
 # --- things that go wrong -------------------------------------------------------------------------------------------
