@@ -45,6 +45,8 @@ def _yaml_form(annotation: Any, value: Any) -> Any:
     if origin in (tuple, Sequence) and isinstance(value, list):
         item = arguments[0] if arguments else Any
         return tuple(_yaml_form(item, entry) for entry in value)
+    if origin in (set, frozenset) and isinstance(value, list):
+        return origin(_yaml_form(arguments[0] if arguments else Any, entry) for entry in value)
     if origin in (dict, Mapping) and isinstance(value, Mapping) and len(arguments) == 2:
         return {key: _yaml_form(arguments[1], entry) for key, entry in value.items()}
     if annotation is Path and isinstance(value, str):
