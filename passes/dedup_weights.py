@@ -41,9 +41,9 @@ class DedupWeights(BundlePass):
         }
 
     Weights are equal when type, shape and every byte are, whatever field or file holds them. Within a model the value
-    is shared: initializers, large `Constant` nodes, and tensors local to branches and loop bodies, which are lifted to the
-    main graph when they have a twin in another scope. Across the models of a bundle the bytes are shared, which saves
-    them in the layout `shared`.
+    is shared: initializers, large `Constant` nodes, and tensors local to branches and loop bodies, which are lifted to
+    the main graph when they have a twin in another scope. Across the models of a bundle the bytes are shared, which
+    saves them in the layout `shared`; `Constant` nodes become initializers for that.
 
     Keeps: initializers that are graph inputs (a caller may override them), weights that are graph outputs, weights in
     local functions.
@@ -150,21 +150,19 @@ def share_values(weights: Sequence[Weight], names: Counter[str]) -> list[ir.Valu
 
 
 def find_survivor(weights: Sequence[Weight], names: Counter[str]) -> Weight | None:
-    """Choose the weight that stays: one that has to, else an initializer of the main graph, which all graphs can see.
+    """Choose the weight that stays: one that has to, else the first, so one of the main graph before local ones.
 
-    A graph output cannot be renamed or moved, so it stays for others only where no inner scope hides its name.
+    A graph output cannot be renamed or moved, so it stands for others only where no inner scope hides its name.
     """
+    named_alike = Counter(weight.value.name for weight in weights)
 
     def can_stay(weight: Weight) -> bool:
         if weight.is_removable:
             return True
-        is_hidden = names[weight.value.name or ""] > 1
+        is_hidden = names[weight.value.name or ""] > named_alike[weight.value.name]
         return weight.graph is weight.main and not (weight.is_overridable or weight.is_constant or is_hidden)
 
-    def merit(weight: Weight) -> tuple[bool, bool, bool]:
-        return not weight.is_removable, weight.graph is weight.main, not weight.is_constant
-
-    return max(filter(can_stay, weights), key=merit, default=None)
+    return min(filter(can_stay, weights), key=lambda weight: weight.is_removable, default=None)
 
 
 def seen_from_all(survivor: Weight, home: ir.Graph, names: Counter[str]) -> ir.Value:
@@ -180,8 +178,11 @@ def seen_from_all(survivor: Weight, home: ir.Graph, names: Counter[str]) -> ir.V
 
 
 def unhidden_name(name: str, names: Counter[str]) -> str:
-    """Return the name itself if it is the only one of its kind in the model, else a fresh one like it."""
-    return name if names[name] == 1 else fresh_name(name, names)
+    """Return the name itself if only its owner has it in the model, else a fresh one like it."""
+    if names[name] == 1:
+        return name
+    names[name] -= 1
+    return fresh_name(name, names)
 
 
 def remove(weight: Weight, names: Counter[str]) -> None:

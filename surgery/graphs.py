@@ -81,7 +81,7 @@ def _initializer(name: str, tensor: ir.TensorProtocol, origin: ir.Value) -> ir.V
     made = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         doc_string=origin.doc_string,
         const_value=tensor,
     )

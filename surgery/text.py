@@ -1,4 +1,4 @@
-"""Models as ONNX text: drawn in tests and templates, written in one canonical form to compare graphs and to show them."""
+"""Models as ONNX text: drawn in tests and templates, written in one canonical form to compare and to show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from textwrap import dedent
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -34,7 +35,7 @@ _PRINTED_IN_FULL = frozenset(
     )
 )
 
-_Body = onnx.GraphProto | onnx.FunctionProto
+_Body: TypeAlias = onnx.GraphProto | onnx.FunctionProto
 
 
 def parse(text: str) -> ir.Model:

@@ -10,7 +10,7 @@ from contextlib import closing
 import numpy as np
 import onnx_ir as ir
 
-from surgery.accuracy.compare import OutputComparison
+from surgery.accuracy.compare import compare_output
 from surgery.accuracy.runners import ModelProgram
 from surgery.claims import Program
 from surgery.contract import Bundle, Change, Context, Pass
@@ -27,9 +27,9 @@ FLAG = "one_if_deeper"
 def assert_rewrites(pass_: Pass, before: Graph, after: Graph, *, feeds: Sequence[Feeds] = ()) -> None:
     """Prove four things of a pass and a graph that it changes.
 
-    The text is `after`; a second run changes nothing and says so; the numbers are the same, as the pass's own effect and
-    claims want them; and, one `If` deeper, it changes something, leaves a valid model, the same numbers, and
-    nothing for a second run.
+    The text is `after`; a second run changes nothing and says so; the numbers are the same, as the pass's own effect
+    and claims want them; and, one `If` deeper, it changes something, leaves a valid model and the same numbers, and
+    has nothing to do in a second run.
 
     Args:
         pass_: A pass on one model.
@@ -96,18 +96,21 @@ def assert_same_numbers(pass_: Pass, before: Bundle, after: Bundle, feeds: Seque
         assert isinstance(claim.reference, Program)
         assert isinstance(claim.candidate, Program)
         model, rewritten_model = before[claim.reference.role], after[claim.candidate.role]
-        judge = OutputComparison(claim.expect, pass_.effect, lambda name: pass_.tolerance, claim.extra)
         with closing(ModelProgram(model)) as reference, closing(ModelProgram(rewritten_model)) as candidate:
             for sample in feeds or sample_feeds(model):
-                outputs = candidate.run(claim.feed(sample, candidate.inputs))
-                for result in judge(reference.run(sample), outputs).values():
-                    assert result, f"{result.output} {result.text}, at {result.index}, for {sample}"
+                expected = claim.expect(reference.run(sample))
+                given = candidate.run(claim.feed(sample, candidate.inputs))
+                assert expected.keys() == given.keys() - claim.extra
+                for name, array in expected.items():
+                    result = compare_output(name, array, given[name], pass_.effect, pass_.tolerance)
+                    assert result, f"{name!r} {result.text}, at {result.index}, for {sample}"
 
 
 def sample_feeds(model: ir.Model, seed: int = 0) -> Iterator[Feeds]:
     """Yield seeded inputs of a model: every combination of its boolean scalars, each with two draws of the others.
 
-    Symbolic dimensions are 2 in the first draw and 3 in the second; integers are 0 to 2.
+    Symbolic dimensions are 2 in the first draw and 3 in the second; integers are 0 to 2. Weights that a caller may
+    override have their own values.
     """
     given = [value for value in model.graph.inputs if not value.is_initializer()]
     flags = [value.name for value in given if value.dtype == ir.DataType.BOOL and not _dimensions(value, 1)]
@@ -116,9 +119,7 @@ def sample_feeds(model: ir.Model, seed: int = 0) -> Iterator[Feeds]:
             random = np.random.default_rng([seed, draw])
             arrays = {value.name: _sample(value, random, 2 + draw) for value in given}
             fixed = {name: np.array(setting) for name, setting in zip(flags, settings, strict=True)}
-            # Overridable weights are fed their own values: Polygraphy's runner wants all inputs.
-            defaults = {value.name: value.const_value.numpy() for value in model.graph.inputs if value.is_initializer()}
-            yield {**arrays, **fixed, **defaults}
+            yield {**arrays, **fixed}
 
 
 def _sample(value: ir.Value, random: np.random.Generator, symbolic: int) -> np.ndarray:
@@ -144,45 +145,47 @@ def one_if_deeper(model: ir.Model) -> ir.Model:
     Inputs, and the initializers that are inputs too, stay outside and are captured; each branch has its own copy of
     everything else, under the same names, as exporters write it.
     """
-    outer = model.clone()
-    graph = outer.graph
-    outputs = [_like(value) for value in graph.outputs]
-    branches = [_branch(model.graph, graph, f"_{name}") for name in ("then", "else")]
-    for node in reversed(list(graph)):
-        graph.remove(node)
-    graph.outputs.clear()
-    for value in [value for value in graph.initializers.values() if not value.is_graph_input()]:
-        del graph.initializers[value.name]
+    graph = model.graph
+    inputs = [_like(value, value.name) for value in graph.inputs]
     flag = ir.Value(name=FLAG, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
-    attributes = [ir.AttrGraph(f"{name}_branch", branch) for name, branch in zip(("then", "else"), branches, strict=True)]
-    graph.append(ir.Node("", "If", [flag], attributes, outputs=outputs, name="deeper"))
-    graph.inputs.append(flag)
-    graph.outputs.extend(outputs)
-    return outer
+    branches = [
+        ir.AttrGraph("then_branch", _branch(graph, inputs, "_then")),
+        ir.AttrGraph("else_branch", _branch(graph, inputs, "_else")),
+    ]
+    # An output that is an input passes by the `If`.
+    by_name = {value.name: value for value in inputs}
+    outputs = [by_name.get(value.name) or _like(value, value.name) for value in graph.outputs]
+    computed = [value for value in outputs if value not in inputs]
+    main = ir.Graph(
+        [*inputs, flag],
+        outputs,
+        nodes=[ir.Node("", "If", [flag], branches, outputs=computed, name="deeper")],
+        initializers=[value for value in inputs if value.const_value is not None],
+        opset_imports=dict(graph.opset_imports),
+        name=graph.name,
+    )
+    functions = [function.clone() for function in model.functions.values()]
+    return ir.Model(main, ir_version=model.ir_version, functions=functions)
 
 
-def _branch(main: ir.Graph, outer: ir.Graph, suffix: str) -> ir.Graph:
-    """Return a copy of the main graph as a branch that captures the outer graph's inputs."""
+def _branch(main: ir.Graph, captured: Sequence[ir.Value], suffix: str) -> ir.Graph:
+    """Return a copy of the main graph as a branch that captures the inputs from outside."""
     branch = main.clone()
     branch.name = f"{main.name}{suffix}"
-    captured = list(zip(branch.inputs, outer.inputs, strict=True))
-    results = list(branch.outputs)
+    results = [value for value in branch.outputs if not value.is_graph_input()]
     branch.outputs.clear()
-    for inner, value in captured:
+    for inner, value in zip(branch.inputs, captured, strict=True):
         inner.replace_all_uses_with(value)
-        results = [value if result is inner else result for result in results]
-    for index, result in enumerate(results):
-        made = _result(branch, result, f"{main.outputs[index].name}{suffix}")
-        branch.outputs.append(made)
-    for inner, _ in captured:
         if inner.is_initializer():
             del branch.initializers[inner.name]
     branch.inputs.clear()
+    for result in results:
+        branch.outputs.append(_result(branch, result, f"{result.name}{suffix}"))
     return branch
 
 
 def _result(branch: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    """Return a branch's output for a value: itself under a name of its own, or, if no node makes it, a copy."""
+    """Return a branch's output for a value: itself under another name, or a copy if it is a weight or one already."""
     if value.producer() is not None and not value.is_graph_output():
         value.name = name
         return value
@@ -191,5 +194,6 @@ def _result(branch: ir.Graph, value: ir.Value, name: str) -> ir.Value:
     return copy.outputs[0]
 
 
-def _like(value: ir.Value, name: str | None = None) -> ir.Value:
-    return ir.Value(name=name or value.name, type=value.type, shape=value.shape)
+def _like(value: ir.Value, name: str | None) -> ir.Value:
+    const_value = value.const_value if value.is_graph_input() else None
+    return ir.Value(name=name, type=value.type, shape=value.shape, const_value=const_value)
