@@ -1,10 +1,16 @@
-"""The names of inputs, outputs and free axes that exported models have: Optimum's."""
+"""The names in an exported model: inputs, outputs and free axes as in Optimum, nodes and weights after their module."""
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from surgery.errors import SurgeryError
 
 BATCH = "batch_size"
 LENGTH = "sequence_length"
@@ -84,3 +90,92 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for part, leaf in nested.items():
         flat |= flatten(leaf, f"{prefix}{part}.") if isinstance(leaf, Mapping) else {f"{prefix}{part}": leaf}
     return flat
+
+
+SYMBOL = re.compile(r"\b[su]\d+\b")
+
+
+def name_axes(graph: ir.Graph, axes: Mapping[str, Axes]) -> None:
+    """Rename the exporter's symbols (`s43`, `s36 + s70`) to what the axes are; forget what stays unknown.
+
+    Two symbols may become one name, as the interface promises that they are one size; one symbol never becomes two.
+    """
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for name, size in _axes_and_sizes(value, axes):
+            if SYMBOL.fullmatch(size) and names.setdefault(size, name) != name:
+                raise SurgeryError(f"the export takes {names[size]!r} and {name!r} for one size, at {value.name!r}")
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+    for value in (*graph.inputs, *graph.outputs):
+        assert value.shape is not None
+        wanted = axes_of(axes, value.name or "")
+        value.shape = ir.Shape([name or _renamed(size, names) for name, size in zip(wanted, value.shape, strict=True)])
+
+
+def _axes_and_sizes(value: ir.Value, axes: Mapping[str, Axes]) -> Iterator[tuple[str, str]]:
+    for name, size in zip(axes_of(axes, value.name or ""), value.shape or (), strict=True):
+        if name is not None and not isinstance(size, int):
+            yield name, str(size.value)
+
+
+def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    text = size.value
+    if text is None or any(symbol not in names for symbol in SYMBOL.findall(text)):
+        return None
+    if text in names:
+        return names[text]
+    return SYMBOL.sub(lambda symbol: f"({name})" if "+" in (name := names[symbol[0]]) else name, text)
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Name each node by the module that it comes from and its operator: `transformer.h.0.attn.c_proj/Gemm`."""
+    counts: dict[str, int] = {}
+    for node in graph.all_nodes():
+        scope = _module_of(node)
+        name = f"{scope}/{node.op_type}" if scope else node.op_type
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
+
+
+def _module_of(node: ir.Node) -> str:
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    modules = [scope for scope in scopes[:-1] if not scope.startswith("_empty_nn_module")]
+    return modules[-1] if modules else ""
+
+
+def name_weights(graph: ir.Graph, model: Any) -> None:
+    """Name a weight that the exporter transposed, and called `val_196`, after the parameter that it was made of."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for value in list(graph.initializers.values()):
+        if value.name in parameters or value.const_value is None or len(value.const_value.shape) != 2:
+            continue
+        modules = {(node.name or "").partition("/")[0] for node, _ in value.uses()}
+        name = f"{min(modules)}.weight" if len(modules) == 1 else ""
+        new_name = f"{name}.transposed"
+        if new_name not in graph.initializers and _is_transposed(value.const_value, parameters.get(name)):
+            value.name = value.const_value.name = new_name
+
+
+def _is_transposed(tensor: ir.TensorProtocol, parameter: Any) -> bool:
+    if parameter is None or tuple(parameter.shape) != tuple(reversed(tensor.shape.numpy())):
+        return False
+    return np.array_equal(tensor.numpy(), parameter.detach().numpy().T)
+
+
+def forget_origins(model: ir.Model) -> None:
+    """Drop the exporter's notes: Python stack traces with paths of this machine, longer than the graph."""
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()

@@ -5,6 +5,7 @@ The functions here are what is exported and what the export is compared with.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from surgery.sources.names import Axes, flatten, nest
 
 Nested = dict[str, Any]
 Forward = Callable[..., Nested]
-"""Takes the model and its inputs by the first part of their names, `past_key_values` nested; returns outputs likewise."""
+"""Takes the model and its inputs by the first part of their names, with the past nested; returns outputs likewise."""
 
 
 @dataclass(frozen=True)
@@ -162,3 +163,70 @@ ENCODER_DECODER = Architecture(
     {"encoder": encoder, "prefill": first_tokens, "decode": next_tokens},
     names.ENCODER_DECODER,
 )
+
+
+def samples(model: Any, architecture: Architecture) -> dict[str, dict[str, Any]]:
+    """Return for each role inputs to trace it with; each role is fed by those before it.
+
+    Three faults of transformers.exporters 5.23 are avoided here. An attention mask without padding is taken for no mask
+    at all. An axis of length 1 becomes fixed to 1. The decode step that `decompose_for_generation` captures of T5 has
+    one token, even with `multi_token_decode`. So every free axis is 2 or longer, no two alike, and row 0 is padded.
+    """
+    import torch
+
+    if architecture.roles[0] == "encoder":
+        return _encoder_decoder_samples(model, architecture)
+    prompt = {"input_ids": _ids(2, 5), "attention_mask": _padded(2, 5)}
+    several = {"input_ids": _ids(2, 3), "attention_mask": torch.cat([_padded(2, 5), torch.ones(2, 3).long()], dim=1)}
+    if _takes_positions(model):
+        prompt["position_ids"] = _positions(prompt["attention_mask"])
+        several["position_ids"] = _positions(several["attention_mask"])[:, 5:]
+    past = _run(model, architecture, "prefill", prompt)
+    return {"prefill": prompt, "decode": several | _as_past(past)}
+
+
+def _encoder_decoder_samples(model: Any, architecture: Architecture) -> dict[str, dict[str, Any]]:
+    read = {"input_ids": _ids(2, 7), "attention_mask": _padded(2, 7)}
+    hidden = _run(model, architecture, "encoder", read)["last_hidden_state"]
+    encoded = {"encoder_hidden_states": hidden, "encoder_attention_mask": read["attention_mask"]}
+    prompt = {"input_ids": _ids(2, 5), **encoded}
+    past = _run(model, architecture, "prefill", prompt)
+    return {"encoder": read, "prefill": prompt, "decode": {"input_ids": _ids(2, 3), **encoded, **_as_past(past)}}
+
+
+def _takes_positions(model: Any) -> bool:
+    """Left to itself, GPT-2 counts positions from the padding; who pads on the left has to say them."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _ids(batch: int, length: int) -> Any:
+    import torch
+
+    return torch.ones(batch, length).long()
+
+
+def _padded(batch: int, length: int) -> Any:
+    import torch
+
+    mask = torch.ones(batch, length).long()
+    mask[0, :2] = 0
+    return mask
+
+
+def _positions(mask: Any) -> Any:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _run(model: Any, architecture: Architecture, role: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    with torch.inference_mode(False), torch.no_grad():
+        return flatten(architecture.forwards[role](model, **nest(inputs)))
+
+
+def _as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name.replace("present", "past_key_values", 1): tensor
+        for name, tensor in outputs.items()
+        if name.startswith("present")
+    }
