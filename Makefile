@@ -27,9 +27,9 @@ benchmark: $(STAMP)
 # torch first and alone: a later requirement would otherwise bring a build with gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,transformers,dev]'
+	$(BIN)/python -m pip install --quiet --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[cpu,transformers,dev]'
 	touch $(STAMP)
 
 clean:
