@@ -77,6 +77,7 @@ def runtime() -> ModuleType:
     Raises:
         SurgeryError: It is not installed.
     """
+    onnxruntime: ModuleType
     try:
         import onnxruntime
     except ImportError as error:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.bundle import Bundle
+from surgery.bundle import ROLES, Bundle
 from surgery.errors import RecipeError
 from surgery.sources import Opened
-from surgery.storage import open_model, role_of_file
+from surgery.storage import open_model, read_manifest, role_of_file
 
 COMPANIONS = (
     "*config.json",
@@ -50,25 +50,25 @@ class OnnxFolder:
 
     @classmethod
     def recognise(cls, folder: Path) -> OnnxFolder:
-        """Find the role of each .onnx file by its name.
+        """Find the role of each .onnx file: by the manifest that a run left there, else by its name.
 
         Raises:
             RecipeError: Several files, and the role of one cannot be told.
         """
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            return cls(folder, {role: folder / Path(name).name for role, name in manifest.models.items()})
         found = sorted(folder.glob("*.onnx"))
-        if len(found) == 1:
-            role = role_of_file(found[0].name)
-            return cls(folder, {role or "model": found[0]})
-        files: dict[str, Path] = {}
-        for file in found:
-            role = role_of_file(file.name)
-            if role is None:
+        files = {role_of_file(file.name): file for file in found}
+        if len(found) == 1 and not set(files) <= set(ROLES):
+            return cls(folder, {"model": found[0]})
+        for role, file in files.items():
+            if role not in ROLES:
                 names = ", ".join(file.name for file in found)
                 raise RecipeError(
                     f"{folder}: cannot tell the role of {file.name!r} among {names}",
                     hint="name one .onnx file as the source, or rename the files as Optimum does",
                 )
-            files[role] = file
         return cls(folder, files)
 
     @property
