@@ -141,7 +141,7 @@ def _size(dimension: Dimension, arrays: Arrays) -> int:
         return dimension
     source, axis = dimension
     array = arrays[source] if isinstance(source, str) else source(arrays)
-    return array.shape[axis]
+    return int(array.shape[axis])
 
 
 def _dimension_after(dimension: Dimension, inner: Mapping[str, Entry]) -> Dimension:
@@ -222,7 +222,10 @@ class Claim:
         """
         missing = [name for name in wanted if name not in self.inputs and name not in arrays]
         if missing:
-            raise SurgeryError(f"the claim on {self.candidate} says nothing of its input {missing[0]!r}")
+            raise SurgeryError(
+                f"the claim on {self.candidate} says nothing of its input {missing[0]!r}",
+                hint="an entry in the inputs of the Claim that the pass makes",
+            )
         return {
             name: self._made("input", name, self.inputs[name], arrays) if name in self.inputs else arrays[name]
             for name in wanted

@@ -2,72 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from polygraphy.backend.common import InvokeFromScript
 from polygraphy.exception import PolygraphyException
 from polygraphy.json import load_json
 
-from surgery.accuracy.feeds import Sample
+from surgery.accuracy.feeds import Interface, Sample
+from surgery.accuracy.quiet import quiet_polygraphy
 from surgery.errors import RecipeError
+from surgery.options import did_you_mean
 
-FORMS = "a data_loader.py with load_data(), a .npz with one array for each input, or Polygraphy JSON"
+FORMS = "give a data_loader.py with load_data(), a .npz with one array for each input, or Polygraphy JSON"
+BY_ROLE = "give every model its own data: check.data as a mapping of role and path"
 
 
-def load_samples(path: Path, inputs: Iterable[str]) -> Iterator[Sample]:
+def load_samples(path: Path, role: str, interface: Interface) -> Iterator[Sample]:
     """Yield the samples of a file, one a feed.
 
     Args:
         path: The file; its ending says its form.
-        inputs: The inputs that each feed must have, no more and no less.
+        role: The model that they are for.
+        interface: Its inputs: each feed must have them, no more and no less, of their types and ranks.
 
     Raises:
-        RecipeError: There is no such file, it is of no known form, it is empty, or a feed lacks an input.
+        RecipeError: There is no such file, it is of no known form, it is empty, or a feed does not fit.
     """
-    names = list(inputs)
     if not path.is_file():
-        raise RecipeError(f"check.data: there is no file {path}", hint=f"give {FORMS}")
-    count = 0
-    for number, feed in enumerate(_feeds(path)):
-        _check_names(path, number, feed, names)
-        arrays = {name: np.asarray(feed[name]) for name in names}
-        batch = {str(array.shape[0]) for array in arrays.values() if array.ndim}
-        yield Sample(f"{path.name}[{number}]", arrays, {"batch": ", ".join(sorted(batch)) or "1"})
-        count += 1
-    if count == 0:
-        raise RecipeError(f"check.data: {path} gives no samples at all", hint=f"give {FORMS}")
+        raise RecipeError(f"check.data: there is no file {path}", hint=FORMS)
+    feeds = _feeds(path)
+    if not feeds:
+        raise RecipeError(f"check.data: {path} gives no samples at all", hint=FORMS)
+    for number, feed in enumerate(feeds):
+        where = f"check.data: sample {number} of {path}"
+        _check_names(where, feed, role, [value.name or "" for value in interface.inputs])
+        arrays = {value.name or "": _checked(where, feed[value.name or ""], value) for value in interface.inputs}
+        yield Sample(f"{path.name}[{number}]", arrays, interface.traits(arrays))
 
 
-def _feeds(path: Path) -> Iterable[Mapping[str, Any]]:
+def _feeds(path: Path) -> list[Mapping[str, Any]]:
+    """Read a file.
+
+    Raises:
+        RecipeError: It cannot be read, or is a script that raises.
+    """
+    readers = {".py": _script_feeds, ".npz": _npz_feeds, ".json": _json_feeds}
+    if path.suffix not in readers:
+        raise RecipeError(f"check.data: {path} is of no known form", hint=FORMS)
     try:
-        if path.suffix == ".py":
-            loaded: Iterable[Mapping[str, Any]] = InvokeFromScript(str(path), "load_data")()
-            return list(loaded) if not isinstance(loaded, Iterator) else loaded
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return [dict(arrays)] if arrays.files else []
-        if path.suffix == ".json":
-            return _json_feeds(load_json(str(path), description="input data"))
-    except (PolygraphyException, OSError, ValueError) as error:
-        raise RecipeError(f"check.data: cannot read {path}: {str(error).splitlines()[0]}", hint=f"give {FORMS}") from error
-    except Exception as error:  # a user's script may raise anything
-        raise RecipeError(f"check.data: {path} raised {type(error).__name__}: {error}") from error
-    raise RecipeError(f"check.data: {path.name} is of no known form", hint=f"give {FORMS}")
+        with quiet_polygraphy():
+            return readers[path.suffix](path)
+    except Exception as error:  # a user's script may raise anything, and so may what reads a broken file
+        cause = _cause(error, path)
+        raise RecipeError(
+            f"check.data: {path} raised {type(cause).__name__}: {_first_line(cause)}", hint=FORMS
+        ) from error
 
 
-def _json_feeds(content: Any) -> list[Mapping[str, Any]]:
-    return list(content) if isinstance(content, list) else [content]
+def _cause(error: Exception, path: Path) -> BaseException:
+    """Return what a script raised when it was imported: Polygraphy (0.53.6) hides it below two errors of its own."""
+    is_polygraphys = isinstance(error, PolygraphyException) or error.args == (path.stem,)
+    cause: BaseException = error
+    while is_polygraphys and cause.__context__ is not None:
+        cause = cause.__context__
+    return cause
 
 
-def _check_names(path: Path, number: int, feed: Any, names: list[str]) -> None:
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "(no text)")
+
+
+def _script_feeds(path: Path) -> list[Mapping[str, Any]]:
+    return list(InvokeFromScript(str(path), "load_data")())
+
+
+def _npz_feeds(path: Path) -> list[Mapping[str, Any]]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return [dict(arrays)] if arrays.files else []
+
+
+def _json_feeds(path: Path) -> list[Mapping[str, Any]]:
+    content = load_json(str(path), description="input data")
+    return content if isinstance(content, list) else [content]
+
+
+def _check_names(where: str, feed: Any, role: str, names: list[str]) -> None:
     if not isinstance(feed, Mapping):
-        raise RecipeError(f"check.data: sample {number} of {path} is a {type(feed).__name__}, not inputs by name")
+        raise RecipeError(f"{where} is a {type(feed).__name__}, not arrays by input name")
     missing = [name for name in names if name not in feed]
     if missing:
-        raise RecipeError(f"check.data: sample {number} of {path} lacks the input {missing[0]!r}; it has {sorted(feed)}")
+        has = ", ".join(map(repr, feed)) or "nothing"
+        raise RecipeError(f"{where} lacks the input {missing[0]!r} of {role!r}; it has {has}", hint=BY_ROLE)
     unknown = [name for name in feed if name not in names]
     if unknown:
-        raise RecipeError(f"check.data: sample {number} of {path} has {unknown[0]!r}, which is no input; there is {names}")
+        near = did_you_mean(unknown[0], names)
+        raise RecipeError(f"{where} has {unknown[0]!r}, which is no input of {role!r}{near}", hint=BY_ROLE)
+
+
+def _checked(where: str, given: Any, value: ir.Value) -> np.ndarray:
+    """Return an input as an array; nothing is cast, for what the user feeds is what is compared."""
+    array = np.asarray(given)
+    if value.dtype is not None and not _is_of(array, value.dtype):
+        wanted = str(value.dtype).lower()
+        raise RecipeError(f"{where}: the input {value.name!r} is {array.dtype}, and the model takes {wanted}")
+    if value.shape is not None and not _fits(array.shape, value.shape):
+        wanted = "[" + ", ".join(map(str, value.shape)) + "]"
+        given_shape = list(array.shape)
+        raise RecipeError(f"{where}: the input {value.name!r} has shape {given_shape}, and the model takes {wanted}")
+    return array
+
+
+def _is_of(array: np.ndarray, dtype: ir.DataType) -> bool:
+    if dtype == ir.DataType.STRING:
+        return array.dtype.kind in "OUS"
+    return bool(array.dtype == dtype.numpy())
+
+
+def _fits(given: tuple[int, ...], shape: ir.Shape) -> bool:
+    fixed = [size if isinstance(size, int) else None for size in shape]
+    return len(given) == len(fixed) and all(want in (None, size) for size, want in zip(given, fixed, strict=True))

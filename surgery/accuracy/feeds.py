@@ -1,7 +1,7 @@
 """Feeds: samples that know what a model's inputs are.
 
-Ids stay below the vocabulary, masks agree with past and present, a past comes out of a real prefill, positions follow the
-mask. The roles are chained: the encoder's output feeds the decoders, the prefill's cache feeds the decode.
+Ids stay below the vocabulary, masks agree with past and present, a past comes out of a real prefill, positions follow
+the mask. The roles are chained: the encoder's output feeds the decoders, the prefill's cache feeds the decode.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Run = Callable[[str, Mapping[str, np.ndarray]], Arrays]
 
 PAST = re.compile(r"^past")
 UNBOUNDED_IDS = 100
+UNLIMITED = 1 << 30
 ENCODER_EXTRA = 3  # the encoder's prompt is that much longer than the decoder's, so that a mixed-up axis shows
 SEVERAL_NEW_TOKENS = 3
 
@@ -46,9 +47,17 @@ class Request:
     past: int = 0
     is_padded: bool = False
 
-    def name(self, has_past: bool) -> str:
-        past = f", past {self.past}" if has_past else ""
-        padded = ", padded" if self.is_padded else ""
+    @property
+    def zeros(self) -> list[int]:
+        """How many tokens at the left of each row are padding: never the whole prompt, and none in the last row."""
+        prompt = self.past or self.length
+        most = prompt - 1 if self.is_padded else 0
+        return [min(row + 1, most) for row in range(self.batch - 1)] + [0]
+
+    def name(self, interface: Interface) -> str:
+        """Return what verdicts call a sample of this shape."""
+        past = f", past {self.past}" if interface.has_past else ""
+        padded = ", padded" if interface.masks and any(self.zeros) else ""
         return f"batch {self.batch}, length {self.length}{past}{padded}"
 
 
@@ -75,36 +84,17 @@ class FeedMaker:
         for request in self._requests(interface):
             random = np.random.default_rng([self._check.seed, request.batch, request.length, request.past])
             arrays = self._arrays(role, interface, request, random)
-            yield Sample(request.name(interface.has_past), arrays, self._traits(interface, request))
-
-    def _traits(self, interface: Interface, request: Request) -> dict[str, str]:
-        traits = {"batch": str(request.batch)}
-        if interface.has_lengths:
-            traits["length"] = str(request.length)
-        if interface.has_past:
-            traits["past"] = str(request.past)
-        if interface.masks:
-            traits["padding"] = "yes" if request.is_padded else "no"
-        return traits
+            yield Sample(request.name(interface), arrays, interface.traits(arrays))
 
     def _requests(self, interface: Interface) -> list[Request]:
-        if not interface.has_lengths:
-            return [Request(batch) for batch in interface.batches(self._check.batches)]
-        room = self._room()
         batches = interface.batches(self._check.batches)
-        if interface.has_past:
-            return _past_requests(interface, batches, [past for past in self._check.past if past < room])
-        lengths = [length for length in self._check.lengths if length <= room]
-        middle = sorted(lengths)[len(lengths) // 2] if lengths else 1
-        several = [Request(batch, middle, is_padded=bool(interface.masks)) for batch in batches if batch > 1]
-        return [*(Request(min(batches), length) for length in lengths), *several]
-
-    def _room(self) -> int:
-        """Return how many positions the network has, by its config."""
-        sizes = [self._bundle.config.get(key) for key in ("n_positions", "max_position_embeddings")]
-        known = [size for size in sizes if isinstance(size, int) and size > 0]
-        relative = self._bundle.config.get("model_type") in ("t5", "mt5", "umt5")  # n_positions there is no limit
-        return min(known) if known and not relative else 1 << 30
+        longest = room(self._bundle.config)
+        if not interface.has_past:
+            lengths = [length for length in interface.lengths(self._check.lengths) if length <= longest]
+            return _prompt_requests(interface, batches, lengths)
+        pasts = [past for past in interface.pasts(self._check.past) if past < longest]
+        requests = _past_requests(interface, batches, pasts)
+        return [request for request in requests if request.past + request.length <= longest]
 
     def _arrays(self, role: str, interface: Interface, request: Request, random: np.random.Generator) -> Arrays:
         chained = self._chained(role, interface, request)
@@ -147,7 +137,8 @@ class FeedMaker:
 
     def _encoded(self, request: Request) -> Arrays:
         interface = Interface(self._bundle["encoder"])
-        prompt = Request(request.batch, request.length + request.past + ENCODER_EXTRA, 0, request.is_padded)
+        length = min(request.length + request.past + ENCODER_EXTRA, room(self._bundle.config))
+        prompt = Request(request.batch, length, 0, request.is_padded)
         random = np.random.default_rng([self._check.seed, prompt.batch, prompt.length])
         inputs = self._arrays("encoder", interface, prompt, random)
         states = next(iter(self._run("encoder", inputs).values()))
@@ -165,43 +156,62 @@ class FeedMaker:
         prefill = Interface(self._bundle[giver])
         prompt = Request(request.batch, max(request.past, 1), 0, request.is_padded)
         random = np.random.default_rng([self._check.seed, prompt.batch, prompt.length, 1])
-        inputs = {
-            (value.name or ""): encoded.get(value.name or "", None)
-            if value.name in encoded
-            else self._array(value, prefill, prompt, random)
-            for value in prefill.inputs
-        }
+        inputs: Arrays = {}
+        for value in prefill.inputs:
+            name = value.name or ""
+            inputs[name] = encoded[name] if name in encoded else self._array(value, prefill, prompt, random)
         past = _as_past(interface.past, self._run(giver, inputs))
         if request.past == 0:
             return {name: array for name, array in past.items() if ".encoder." in name}
         return past
 
     def _own_past(self, role: str, interface: Interface, request: Request) -> Arrays:
-        """Grow a cache by running the model on its own outputs, at once if it takes several new tokens, else one by one."""
+        """Grow a cache by running the model on its own outputs: at once if it takes several tokens, else one by one.
+
+        One by one, nothing is padding while it grows: the first tokens of a row would have nothing to attend to.
+        """
         random = np.random.default_rng([self._check.seed, request.batch, request.past, 2])
-        step = request.past if interface.takes_several_tokens else 1
+        at_once = interface.takes_several_tokens
+        step = request.past if at_once else interface.lengths((1,))[0]
         past: Arrays = {}
         for done in range(0, request.past, step):
-            part = Request(request.batch, step, done, request.is_padded)
-            inputs = {
-                name: past.get(name, array)
-                for name, array in (
-                    (value.name or "", self._array(value, interface, part, random)) for value in interface.inputs
-                )
-            }
-            past = _as_past(interface.past, self._run(role, inputs))
+            part = Request(request.batch, step, done, request.is_padded and at_once)
+            made = {value.name or "": self._array(value, interface, part, random) for value in interface.inputs}
+            past = _as_past(interface.past, self._run(role, made | past))
         return past
 
 
+def room(config: Mapping[str, Any]) -> int:
+    """Return how many positions a network has, by its config."""
+    sizes = [config.get(key) for key in ("n_positions", "max_position_embeddings")]
+    known = [size for size in sizes if isinstance(size, int) and size > 0]
+    relative = config.get("model_type") in ("t5", "mt5", "umt5")  # n_positions there is no limit
+    return min(known) if known and not relative else UNLIMITED
+
+
+def _prompt_requests(interface: Interface, batches: Sequence[int], lengths: Sequence[int]) -> list[Request]:
+    """One row at each length; several rows, padded, at the middle one."""
+    if not lengths:
+        return []
+    middle = sorted(lengths)[len(lengths) // 2]
+    several = [batch for batch in batches if batch > 1]
+    requests = [Request(batches[0], length) for length in lengths]
+    requests += [Request(batch, middle, is_padded=bool(interface.masks)) for batch in several]
+    return list(dict.fromkeys(requests))
+
+
 def _past_requests(interface: Interface, batches: Sequence[int], pasts: Sequence[int]) -> list[Request]:
-    requests = [Request(min(batches), 1, past) for past in pasts]
-    middle = sorted(pasts)[len(pasts) // 2] if pasts else 1
-    for batch in batches:
-        if batch > 1:
-            requests.append(Request(batch, 1, middle, is_padded=bool(interface.masks)))
+    """One row at each past; several rows, padded, at the middle one; several new tokens where the model takes them."""
+    if not pasts:
+        return []
+    length = interface.lengths((1,))[0]
+    middle = sorted(pasts)[len(pasts) // 2]
+    requests = [Request(batches[0], length, past) for past in pasts]
+    several = [batch for batch in batches if batch > 1]
+    requests += [Request(batch, length, middle, is_padded=bool(interface.masks)) for batch in several]
     if interface.takes_several_tokens:
-        requests += [Request(min(batches), SEVERAL_NEW_TOKENS, past) for past in (0, middle) if past in pasts]
-    return requests
+        requests += [Request(batches[0], SEVERAL_NEW_TOKENS, past) for past in (0, middle) if past in pasts]
+    return list(dict.fromkeys(requests))
 
 
 class Interface:
@@ -214,20 +224,44 @@ class Interface:
         self.past = [value for value in self.inputs if PAST.match(value.name or "")]
         self.has_past = bool(self.past)
         self._ids = next((value for value in self.inputs if (value.name or "").endswith("input_ids")), None)
-        self.has_lengths = self._ids is not None or any(len(_dimensions(value)) > 1 for value in self.inputs)
 
     @property
     def takes_several_tokens(self) -> bool:
         """The axis of new tokens is not fixed."""
-        if self._ids is None:
-            return False
-        dimensions = _dimensions(self._ids)
-        return len(dimensions) > 1 and not isinstance(dimensions[1], int)
+        return self._ids is not None and self._length_axis is not None
 
     def batches(self, wanted: Sequence[int]) -> list[int]:
         """Return the batch sizes to feed: the wanted ones, or the one that the model is fixed to."""
         first = _dimensions(self._ids if self._ids is not None else self.inputs[0]) if self.inputs else []
         return [first[0]] if first and isinstance(first[0], int) else sorted(set(wanted))
+
+    def lengths(self, wanted: Sequence[int]) -> list[int]:
+        """Return the lengths to feed: the wanted ones, the one that the model is fixed to, or 1 where it has none."""
+        if self._length_axis is not None:
+            return list(wanted)
+        dimensions = _dimensions(self._ids) if self._ids is not None else []
+        return [dimensions[1]] if len(dimensions) > 1 and isinstance(dimensions[1], int) else [1]
+
+    def pasts(self, wanted: Sequence[int]) -> list[int]:
+        """Return the pasts to feed: the wanted ones, or the one that the model is fixed to."""
+        dimensions = _dimensions(self.past[0])
+        fixed = dimensions[self._past_axis] if len(dimensions) > self._past_axis else None
+        return [fixed] if isinstance(fixed, int) else list(wanted)
+
+    def traits(self, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+        """Return what a sample covers, read off the arrays themselves."""
+        traits: dict[str, str] = {}
+        leading = self._ids if self._ids is not None else next(iter(self.inputs), None)
+        if leading is not None and arrays[leading.name or ""].ndim:
+            traits["batch"] = str(arrays[leading.name or ""].shape[0])
+        if self._length_axis is not None:
+            name, axis = self._length_axis
+            traits["length"] = str(arrays[name].shape[axis])
+        if self.past and arrays[self.past[0].name or ""].ndim > self._past_axis:
+            traits["past"] = str(arrays[self.past[0].name or ""].shape[self._past_axis])
+        if self.masks:
+            traits["padding"] = "yes" if any((arrays[name] == 0).any() for name in self.masks) else "no"
+        return traits
 
     def shape(self, value: ir.Value, request: Request) -> tuple[int, ...]:
         """Return the shape of an input for a request: axis 0 is the batch, other free axes are lengths by name."""
@@ -244,6 +278,21 @@ class Interface:
         if "past" in name and ("+" in name or "total" in name):
             return request.past + request.length
         return request.past if "past" in name else request.length
+
+    @property
+    def _length_axis(self) -> tuple[str, int] | None:
+        """The free axis that lengths are about: of the ids where there are any, else the first that is no batch."""
+        for value in [self._ids] if self._ids is not None else self.inputs:
+            for axis, size in enumerate(_dimensions(value)):
+                if axis and isinstance(size, str) and "batch" not in size and value not in self.past:
+                    return value.name or "", axis
+        return None
+
+    @property
+    def _past_axis(self) -> int:
+        """The axis of tokens in a cache: the free one beside the batch, else the third of [batch, heads, past, dim]."""
+        free = (axis for axis, size in enumerate(_dimensions(self.past[0])) if axis and isinstance(size, str))
+        return next(free, 2)
 
 
 def _dimensions(value: ir.Value) -> list[int | str]:
@@ -282,12 +331,10 @@ def rows_gathered_by(value: ir.Value) -> int | None:
 
 
 def _mask(request: Request, past: int) -> np.ndarray:
-    """Return a mask [batch, past + length]; where rows are padded, every row but the last has zeros at its left."""
-    length = past + request.length
-    mask = np.ones((request.batch, length), dtype=np.int64)
-    if request.is_padded:
-        for row in range(request.batch - 1):
-            mask[row, : min(row + 1, length - 1)] = 0
+    """Return a mask [batch, past + length]."""
+    mask = np.ones((request.batch, past + request.length), dtype=np.int64)
+    for row, zeros in enumerate(request.zeros):
+        mask[row, :zeros] = 0
     return mask
 
 
@@ -318,4 +365,4 @@ def _as_past(past: Sequence[ir.Value], outputs: Mapping[str, Any]) -> Arrays:
     return dict(zip(names, caches, strict=True))
 
 
-__all__ = ["FeedMaker", "Interface", "Request", "Sample", "numpy_type", "rows_gathered_by"]
+__all__ = ["FeedMaker", "Interface", "Request", "Run", "Sample", "numpy_type", "room", "rows_gathered_by"]

@@ -21,6 +21,7 @@ def first_differences(
     candidate: ir.Model,
     reference_feeds: Mapping[str, np.ndarray],
     candidate_feeds: Mapping[str, np.ndarray],
+    effect: Effect,
     tolerance: Tolerance,
 ) -> tuple[str, ...]:
     """Return the nodes of the candidate at which it first leaves the reference, at most three.
@@ -34,7 +35,11 @@ def first_differences(
         names = [value.name for value in chunk if value.name]
         left = _intermediates(reference, names, reference_feeds)
         right = _intermediates(candidate, names, candidate_feeds)
-        wrong = [name for name in names if name in left and name in right and _differ(left[name], right[name], tolerance)]
+        wrong = [
+            name
+            for name in names
+            if name in left and name in right and _differ(left[name], right[name], effect, tolerance)
+        ]
         if wrong:
             producers = {value.name: value.producer() for value in chunk}
             return tuple(_describe(producers[name]) for name in wrong[:SHOWN])
@@ -47,9 +52,7 @@ def _chunks(values: Sequence[ir.Value], size: int) -> Iterator[list[ir.Value]]:
         yield chunk
 
 
-def _intermediates(
-    model: ir.Model, names: Sequence[str], feeds: Mapping[str, np.ndarray]
-) -> Mapping[str, np.ndarray]:
+def _intermediates(model: ir.Model, names: Sequence[str], feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """Run a copy of the model that also gives these values."""
     copy = model.clone()
     given = {value.name for value in copy.graph.outputs}
@@ -62,10 +65,9 @@ def _intermediates(
         program.close()
 
 
-def _differ(left: np.ndarray, right: np.ndarray, tolerance: Tolerance) -> bool:
+def _differ(left: np.ndarray, right: np.ndarray, effect: Effect, tolerance: Tolerance) -> bool:
     if not isinstance(left, np.ndarray) or not isinstance(right, np.ndarray):
         return False
-    effect = Effect.EXACT if tolerance.max_error == 0 else Effect.CLOSE
     return not compare_output("", left, right, effect, tolerance)
 
 

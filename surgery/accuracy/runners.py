@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,14 +16,18 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
-from polygraphy.logger import G_LOGGER
+from polygraphy.exception import PolygraphyException
 
-from surgery.claims import AnyProgram, Claim, HostLoop, Program
-from surgery.errors import StepFailed
+from surgery.claims import AnyProgram, HostLoop, Program
+from surgery.errors import StepFailed, SurgeryError
 from surgery.runtime.loops import LOOPS, Callee
 from surgery.runtime.sessions import open_session
 
 Arrays = dict[str, np.ndarray]
+
+MOST_THREADS = 8
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_CPP_PLACE = re.compile(r"Status Message: (?:/\S+ )?(?:[^()]*\([^)]*\) )?")
 
 
 class Runnable(Protocol):
@@ -43,7 +49,7 @@ class ModelProgram:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self.session = open_session(model)
+        self.session = open_session(model, threads=threads())
         self._inputs = tuple(value.name for value in self.session.get_inputs())
         self._runner = OnnxrtRunner(self.session)
         self._runner.activate()
@@ -62,10 +68,17 @@ class ModelProgram:
         self._runner.deactivate()
 
 
+def threads() -> int:
+    """Return how many threads every session has that is judged by: results are comparable only at one number."""
+    return min(os.cpu_count() or 1, MOST_THREADS)
+
+
 class LoopProgram:
     """A host loop over the models of a bundle."""
 
-    def __init__(self, loop: HostLoop, models: Mapping[str, ModelProgram], generation_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, loop: HostLoop, models: Mapping[str, ModelProgram], generation_config: Mapping[str, Any]
+    ) -> None:
         self._run = LOOPS[loop.name]
         self._models = {role: Callee(model.inputs, model.run) for role, model in models.items()}
         self._config = generation_config
@@ -105,18 +118,76 @@ class ReferenceProgram:
         return self._reference.run(self._role, dict(feeds))
 
 
+class DoesNotRun(StepFailed):
+    """A program raised on a sample.
+
+    Args:
+        program: What was run.
+        reason: What the runtime says.
+    """
+
+    def __init__(self, program: str, reason: str, sample: str = "") -> None:
+        on_sample = f" on sample {sample!r}" if sample else ""
+        super().__init__(f"{program} does not run{on_sample}: {reason}")
+        self.program = program
+        self.reason = reason
+
+    def on(self, sample: str) -> DoesNotRun:
+        """Return the error with the sample's name in it."""
+        return DoesNotRun(self.program, self.reason, sample)
+
+
+@contextmanager
+def runtime_errors(program: str) -> Iterator[None]:
+    """Turn what ONNX Runtime and Polygraphy raise into an error that says what was being run.
+
+    Raises:
+        DoesNotRun: Something did.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except (PolygraphyException, RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise DoesNotRun(program, _reason(error)) from error
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime"):
+            raise DoesNotRun(program, _reason(error)) from error
+        raise
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return _CPP_PLACE.sub("", _CODE.sub("", text.splitlines()[0])).strip()
+
+
 class ProgramRunner(BaseRunner):  # type: ignore[misc]
-    """Runs a program in Polygraphy's Comparator, fed through the maps of a claim.
+    """Runs a program in Polygraphy's Comparator.
 
     Polygraphy coerces every feed to what a runner says of its inputs: it pairs names loosely and casts types. So each
     runner here says what the samples are, and a candidate whose inputs have changed meets them as they are.
+
+    Args:
+        program: What to run.
+        name: What Polygraphy calls it.
+        label: What errors call it.
+        metadata: The names and types of the samples.
+        feed: Turns a sample into the program's inputs.
     """
 
-    def __init__(self, program: Runnable, name: str, metadata: TensorMetadata, claim: Claim | None = None) -> None:
+    def __init__(
+        self,
+        program: Runnable,
+        name: str,
+        label: str,
+        metadata: TensorMetadata,
+        feed: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
+    ) -> None:
         super().__init__(name=name, prefix="surgery")
         self._program = program
+        self._label = label
         self._metadata = metadata
-        self._claim = claim
+        self._feed = feed
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Return the names and types of the samples."""
@@ -124,9 +195,10 @@ class ProgramRunner(BaseRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """Map the feeds and run."""
+        feeds = self._feed(feed_dict)
         start = time.perf_counter()
-        feeds = self._claim.feed(feed_dict, self._program.inputs) if self._claim else feed_dict
-        outputs = OrderedDict(self._program.run(feeds))
+        with runtime_errors(self._label):
+            outputs = OrderedDict(self._program.run(feeds))
         self.inference_time = time.perf_counter() - start
         return outputs
 
@@ -152,7 +224,11 @@ class Programs:
         return self._open[identity]
 
     def program(
-        self, program: AnyProgram, models: Mapping[str, ir.Model], identities: Mapping[str, str], config: Mapping[str, Any]
+        self,
+        program: AnyProgram,
+        models: Mapping[str, ir.Model],
+        identities: Mapping[str, str],
+        config: Mapping[str, Any],
     ) -> Runnable:
         """Return a program over some models.
 
@@ -172,9 +248,6 @@ class Programs:
         for identity in set(self._open) - identities:
             self._open.pop(identity).close()
 
-
-@contextmanager
-def quiet_polygraphy() -> Iterator[None]:
-    """Keep Polygraphy from printing: what it finds is said by verdicts."""
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
-        yield
+    def close(self) -> None:
+        """Close every session."""
+        self.forget_all_but(set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tempfile
 import textwrap
@@ -77,13 +78,11 @@ def runtime() -> ModuleType:
     Raises:
         SurgeryError: It is not installed.
     """
-    onnxruntime: ModuleType
     try:
-        import onnxruntime
+        return importlib.import_module("onnxruntime")
     except ImportError as error:
         hint = "pip install graph-surgery[cpu] (or [gpu]), or --no-check"
         raise SurgeryError("ONNX Runtime is not installed, so no model can be run", hint=hint) from error
-    return onnxruntime
 
 
 def session_values(weights: Mapping[str, ir.TensorProtocol]) -> dict[str, onnxruntime.OrtValue]:
