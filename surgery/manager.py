@@ -207,6 +207,8 @@ class Manager:
             with _stopping(record, step):
                 facts = self._apply(step.pass_, record, facts)
                 self._watch(record)
+            if record.change.count:
+                self.judge.accept(record.claims, record.effect, record.tolerance)
             bundle = record.after
         return bundle
 

@@ -24,6 +24,7 @@ from surgery.contract import Effect, Tolerance
 
 LOGITS = "logits"
 QUANTILE = 0.999
+QUANTILE_NEEDS = 1000  # elements
 SQUARABLE = 1e150
 INCOMPARABLE = Gap(float("inf"), float("inf"), None, is_exact=False)
 
@@ -216,7 +217,8 @@ def _compare_floats(
     max_error, p999_error = (error / (scale or 1.0) for error in polygraphy_errors(left, right, distance, finite))
     top1 = _agreement(reference, candidate) if is_logits and reference.ndim else None
     gap = Gap(max_error, p999_error, top1, is_exact)
-    return OutputResult(name, gap, _over_limit(gap, effect, tolerance), _first(distance)[: reference.ndim])
+    over = _over_limit(gap, effect, tolerance, reference.size)
+    return OutputResult(name, gap, over, _first(distance)[: reference.ndim])
 
 
 def _one_sided(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -271,8 +273,11 @@ def _agreement(reference: np.ndarray, candidate: np.ndarray) -> float:
     return float(np.mean(same)) if same.size else 1.0
 
 
-def _over_limit(gap: Gap, effect: Effect, tolerance: Tolerance) -> str:
-    """Say which limit a gap is over; a gap that is not a number is over every limit."""
+def _over_limit(gap: Gap, effect: Effect, tolerance: Tolerance, size: int) -> str:
+    """Say which limit a gap is over; a gap that is not a number is over every limit.
+
+    Of fewer than a thousand elements the 99.9th percentile is all but the largest, for which there is `max_error`.
+    """
     if gap.is_exact:
         return ""
     if effect is Effect.EXACT and not gap.max_error:
@@ -281,7 +286,7 @@ def _over_limit(gap: Gap, effect: Effect, tolerance: Tolerance) -> str:
         return f"is off by {gap.max_error:.2g} of its RMS; the step must be exact"
     if not gap.max_error <= tolerance.max_error:
         return f"is off by {gap.max_error:.2g} of its RMS, limit {tolerance.max_error:g} (max_error)"
-    if not gap.p999_error <= tolerance.p999_error:
+    if size >= QUANTILE_NEEDS and not gap.p999_error <= tolerance.p999_error:
         share = f"{gap.p999_error:.2g} of its RMS in one of 1000 elements"
         return f"is off by {share}, limit {tolerance.p999_error:g} (p999_error)"
     if gap.top1 is not None and not gap.top1 >= tolerance.top1:

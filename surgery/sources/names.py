@@ -72,6 +72,11 @@ def axes_of(interface: Mapping[str, Axes], name: str) -> Axes:
     return interface[CACHE_PART.sub("", name)]
 
 
+def is_in(interface: Mapping[str, Axes], name: str) -> bool:
+    """Tell whether an interface has an input or output of this name."""
+    return CACHE_PART.sub("", name) in interface
+
+
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return `{"present.0.key": x}` as `{"present": {"0": {"key": x}}}`."""
     nested: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import numpy as np
 
 from surgery.errors import SurgeryError
 from surgery.sources import names
-from surgery.sources.names import Axes, flatten, nest
+from surgery.sources.names import Axes, flatten, is_in, nest
 
 Nested = dict[str, Any]
 Forward = Callable[..., Nested]
@@ -56,12 +56,16 @@ class TorchReference:
         """Return the outputs of a role by their names in the export.
 
         Raises:
-            SurgeryError: There is no such role, or PyTorch cannot run it on these feeds.
+            SurgeryError: There is no such role or input, or PyTorch cannot run it on these feeds.
         """
         import torch
 
         if role not in self._architecture.forwards:
             raise SurgeryError(f"PyTorch has no {role!r} here; it has {', '.join(self.roles)}")
+        # The forwards of transformers swallow what they do not know.
+        unknown = [name for name in feeds if not is_in(self._architecture.axes[role], name)]
+        if unknown:
+            raise SurgeryError(f"PyTorch cannot run {role!r}: it has no input {unknown[0]!r}")
         tensors = {name: _tensor(array, self._model.dtype) for name, array in feeds.items()}
         try:
             with torch.inference_mode():

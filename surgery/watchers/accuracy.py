@@ -39,8 +39,6 @@ class Accuracy:
         if not record.verdict.is_accurate:
             raise Inaccurate("\n".join(map(str, record.verdict.failures)), hint=_way_out(record))
         self._drift = record.verdict.source or self._drift
-        if not record.is_source:
-            self._judge.accept(record.claims, record.effect, record.tolerance)
 
     def _judge_step(self, record: StepRecord) -> Verdict:
         is_same = record.before.identities() == record.after.identities()
@@ -61,4 +59,6 @@ def _way_out(record: StepRecord) -> str:
         return (
             "leave this step out, or declare it close if it takes an option `effect`; an exact step cannot be loosened"
         )
-    return f"the step's options, or check.outputs.{first.output}.max_error"
+    if first.error == float("inf"):
+        return "mend the pass, or say in its claims what becomes of this output (outputs, drops, extra)"
+    return "the options of this step, or a higher limit: check.max_error, or check.outputs for a single output"
