@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from surgery.manager import StepRecord, Stopped
     from surgery.pipeline import Result
     from surgery.recipe import Recipe
+    from surgery.storage import SavedFile
 
 INTERRUPTED = 130
 
@@ -84,8 +86,9 @@ def run(
         with result:
             _summarise(console, result)
             if recipe.output is not None:
+                start = time.perf_counter()
                 folder, files = save_result(result, recipe.output, recipe.folder)
-                _list_files(console, folder, files)
+                _list_files(console, folder, files, time.perf_counter() - start)
             if steps_folder is not None:
                 console.print(f"every step: {_short(steps_folder)}")
 
@@ -153,7 +156,7 @@ def schema(debug: DebugOption = False) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else 120
     return Console(soft_wrap=False, width=width, highlight=False)
 
 
@@ -259,10 +262,10 @@ def _summarise(console: Console, result: Result) -> None:
         console.print(f"\n{answer.prompt} -> {answer.text}", markup=False)
 
 
-def _list_files(console: Console, folder: Path, files: list) -> None:  # type: ignore[type-arg]
+def _list_files(console: Console, folder: Path, files: list[SavedFile], seconds: float) -> None:
     from surgery.units import in_bytes
 
-    console.print(f"\nsaved to {_short(folder)}")
+    console.print(f"\nsaved to {_short(folder)} ({seconds:.1f} s)", markup=False)
     for file in files:
         console.print(f"  {file.name}  {in_bytes(file.bytes)}", markup=False)
 

@@ -35,9 +35,9 @@ def ledger_table(records: Sequence[StepRecord]) -> Table:
     table.add_column("#", justify="right")
     table.add_column("step")
     table.add_column("models")
-    table.add_column("change", max_width=60)
-    for heading in ("gap to the step before", "gap to the source", "time", "check", "peak memory"):
-        table.add_column(heading, justify="right", max_width=12)
+    table.add_column("change", max_width=48)
+    for heading in ("gap to step before", "gap to source", "time", "check", "peak memory"):
+        table.add_column(heading, justify="right", max_width=11)
     for record in records:
         table.add_row(
             str(record.number),
@@ -54,7 +54,8 @@ def ledger_table(records: Sequence[StepRecord]) -> Table:
 
 def _change(record: StepRecord) -> str:
     if record.is_source:
-        return "as it was given" if record.verdict is None or record.verdict.step is None else "exported"
+        is_compared = record.verdict is not None and record.verdict.step is not None
+        return "exported; its gap is to PyTorch" if is_compared else "as it was given"
     asked = f" ({record.judged} verdicts asked)" if record.judged else ""
     return (record.change.summary or "nothing to do") + asked
 
@@ -64,7 +65,7 @@ def _gaps(record: StepRecord) -> tuple[str, str]:
     if verdict is None:
         return "not checked", "not checked"
     if record.is_source:
-        return (f"{verdict.step} to PyTorch" if verdict.step else "-"), "-"
+        return str(verdict.step or "-"), "-"
     return str(verdict.step or "-"), str(verdict.source or "-")
 
 

@@ -60,7 +60,7 @@ class Exported:
     """What comes out of an export.
 
     Args:
-        models: The models by role; their weights are in one file of the scratch folder, each once.
+        models: The models by role; their weights are in one file of the scratch folder.
         config: The content of `config.json`.
         generation_config: The content of `generation_config.json`, or what `transformers` makes of the config.
         files: The configs and the tokenizer: what travels with the models, by file name.
