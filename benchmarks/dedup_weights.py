@@ -24,6 +24,7 @@ from models import CACHE, bytes_of, two_decoders, with_a_twin
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 Commands = dict[str, Sequence[str]]
+SLOW = ("surgery, checked", "Optimum")
 
 
 def main() -> None:
@@ -46,11 +47,11 @@ def parse() -> argparse.Namespace:
 
 
 def header() -> str:
-    cores = os.cpu_count()
+    slow = " and ".join(f"`{name}`" for name in SLOW)
     return (
-        "# dedup_weights\n\nMade by `benchmarks/dedup_weights.py`. Whole processes, medians over rounds in which all commands "
-        f"run in turn; {cores} cores, {platform.machine()}, Python {platform.python_version()}. Memory is the peak of "
-        "anonymous memory (mapped files are not counted)."
+        "# dedup_weights\n\nMade by `benchmarks/dedup_weights.py`. Whole processes, medians over rounds in which all "
+        f"commands run in turn after a warm-up; {slow} run once. {os.cpu_count()} cores, {platform.machine()}, Python "
+        f"{platform.python_version()}. Memory is the peak of anonymous memory: mapped files are not counted."
     )
 
 
@@ -78,7 +79,8 @@ def measure_form(name: str, title: str, source: Path, options: argparse.Namespac
     def clear(command: str) -> None:
         shutil.rmtree(work / command, ignore_errors=True)
 
-    results = rounds(commands, cwd=work, count=options.rounds, before=clear)
+    once = [command for command in SLOW if command in commands]
+    results = rounds(commands, cwd=work, count=options.rounds, before=clear, once=once)
     sizes = {command: bytes_of(work / command) for command in commands}
     given = bytes_of(source if source.is_dir() else source.parent)
     save_json(name, title, results, sizes)

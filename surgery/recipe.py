@@ -57,7 +57,9 @@ class Check(Options):
     )
     batches: tuple[Positive, ...] = Field((1, 3), min_length=1, description="Feed these batch sizes.")
     lengths: tuple[Positive, ...] = Field((1, 2, 7, 100), min_length=1, description="Feed prompts of these lengths.")
-    past: tuple[NotNegative, ...] = Field((0, 1, 7, 99), min_length=1, description="Feed caches that hold so many tokens.")
+    past: tuple[NotNegative, ...] = Field(
+        (0, 1, 7, 99), min_length=1, description="Feed caches that hold so many tokens."
+    )
     seed: int = Field(0, ge=0, description="Draw the feeds from this seed.")
     data: Path | dict[str, Path] | None = Field(
         None,

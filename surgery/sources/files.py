@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from surgery.bundle import ROLES, Bundle
 from surgery.errors import RecipeError
 from surgery.sources import Opened
+from surgery.sources.configs import read_json
 from surgery.storage import open_model, read_manifest, role_of_file
 
 COMPANIONS = (
@@ -82,25 +81,8 @@ class OnnxFolder:
         companions = {file.name: file for pattern in COMPANIONS for file in self.folder.glob(pattern) if file.is_file()}
         bundle = Bundle(
             models,
-            read_json(self.folder / "config.json"),
-            read_json(self.folder / "generation_config.json"),
+            read_json(self.folder / "config.json", optional=True),
+            read_json(self.folder / "generation_config.json", optional=True),
             companions,
         )
         return Opened(bundle, inputs=(self.folder,))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, empty if there is none.
-
-    Raises:
-        RecipeError: The file is not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: not a JSON object")
-    return content

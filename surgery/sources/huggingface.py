@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from surgery.errors import ModelFileError, OutputError, RecipeError, SurgeryError
+from surgery.sources.configs import read_json
 from surgery.sources.names import Axes, axes_of, forget_origins, name_axes, name_nodes, name_weights, nest
 from surgery.sources.torch_reference import DECODER_ONLY, ENCODER_DECODER, Architecture, TorchReference, samples
 from surgery.storage.region import DataFile, Region
@@ -201,7 +202,7 @@ class _Origin:
             raise ModelFileError(
                 f"{self.name}: there is no config.json", hint="give the folder that save_pretrained() wrote"
             )
-        return _read_object(path)
+        return read_json(path)
 
     def companions(self) -> dict[str, bytes | Path]:
         found = {name: self.find(name) for name in ("config.json", *COMPANIONS)}
@@ -213,16 +214,6 @@ class _Origin:
             path = Path(self.name, name)
             return path if path.is_file() else None
         return _find_on_hub(self.name, name, is_offline=self.is_offline)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelFileError(f"{path}: not a JSON object")
-    return content
 
 
 def _hub_answers() -> bool:
@@ -273,7 +264,7 @@ def _generation_config(model: Any, files: dict[str, bytes | Path]) -> dict[str, 
     """Return the generation config; a model without one gets what `transformers` would use, in `files` too."""
     path = files.get("generation_config.json")
     if isinstance(path, Path):
-        return _read_object(path)
+        return read_json(path)
     content: dict[str, Any] = json.loads(model.generation_config.to_json_string())
     files["generation_config.json"] = (json.dumps(content, indent=2) + "\n").encode()
     return content

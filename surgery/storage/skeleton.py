@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from surgery.storage.hollow import Stub, Weight, hollow
+from surgery.storage.protos import subgraphs_of
 from surgery.storage.versions import lower
 
 ELSEWHERE = "given-to-the-session"
@@ -58,7 +59,7 @@ class _Gatherer:
             if _is_stub(tensor):
                 self.weights[tensor.name] = self.tensors[_index(tensor)]
         for node in self.main.node:
-            for graph in _subgraphs(node):
+            for graph in subgraphs_of(node):
                 self.gather_from(graph)
         return self.weights
 
@@ -83,7 +84,7 @@ class _Gatherer:
                 if info.name in renamed:
                     graph.node.add(op_type="Identity", input=[renamed[info.name]], output=[info.name])
         for node in graph.node:
-            for subgraph in _subgraphs(node):
+            for subgraph in subgraphs_of(node):
                 self.gather_from(subgraph)
 
     def take_constants(self, graph: onnx.GraphProto) -> None:
@@ -121,7 +122,7 @@ def _rename_uses(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
         for index, name in enumerate(node.input):
             if name in renamed:
                 node.input[index] = renamed[name]
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs_of(node):
             own = set(_defined(subgraph))
             _rename_uses(subgraph, {old: new for old, new in renamed.items() if old not in own})
 
@@ -135,7 +136,7 @@ def _defined(graph: onnx.GraphProto) -> Iterator[str]:
 def _names(graph: onnx.GraphProto) -> Iterator[str]:
     yield from _defined(graph)
     for node in graph.node:
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs_of(node):
             yield from _names(subgraph)
 
 
@@ -165,11 +166,3 @@ def _replace_all(
         copies.append(copy)
     del field[:]  # type: ignore[attr-defined]
     field.extend(copies)  # type: ignore[attr-defined]
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from surgery.errors import ModelFileError
+from surgery.storage.protos import subgraphs_of
 
 Name = tuple[str, Hashable]
 """A value as a file names it, and what tells two values of one name apart (the name itself in a proto)."""
@@ -211,7 +212,7 @@ def _functions_of(model: ir.Model | onnx.ModelProto) -> Iterator[tuple[Identifie
 def _nodes_below(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     for node in nodes:
         yield node
-        for graph in _proto_subgraphs(node):
+        for graph in subgraphs_of(node):
             yield from _nodes_below(graph.node)
 
 
@@ -244,17 +245,9 @@ def _proto_graph(graph: onnx.GraphProto, label: str) -> _Scope:
 
 def _proto_node(node: onnx.NodeProto) -> _Node:
     label = _label(node.name, node.op_type, node.output)
-    subgraphs = [_proto_graph(graph, f"{label}: graph {graph.name!r}") for graph in _proto_subgraphs(node)]
+    subgraphs = [_proto_graph(graph, f"{label}: graph {graph.name!r}") for graph in subgraphs_of(node)]
     inputs = [_same(name) for name in node.input if name]
     return _Node(label, inputs, [_same(name) for name in node.output if name], subgraphs)
-
-
-def _proto_subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
 
 
 def _ir_graph(graph: ir.Graph, label: str) -> _Scope:

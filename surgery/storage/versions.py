@@ -10,6 +10,8 @@ import onnx
 from onnx.defs import SchemaError, get_schema
 from onnx.helper import OP_SET_ID_VERSION_MAP
 
+from surgery.storage.protos import subgraphs_of
+
 # ONNX Runtime guarantees opset 7 and later; going lower gains nothing.
 LOWEST_OPSET = 7
 _DOMAINS = ("", "ai.onnx.ml", "ai.onnx.preview.training")
@@ -157,7 +159,7 @@ def _ir_of_value_type(type_: onnx.TypeProto) -> int:
 def _nodes(body: _Body) -> Iterator[onnx.NodeProto]:
     for node in body.node:
         yield node
-        for graph in _subgraphs(node):
+        for graph in subgraphs_of(node):
             yield from _nodes(graph)
 
 
@@ -165,12 +167,4 @@ def _graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
     yield proto.graph
     for body in (proto.graph, *proto.functions):
         for node in _nodes(body):
-            yield from _subgraphs(node)
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
+            yield from subgraphs_of(node)
