@@ -252,8 +252,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(folder: Path) -> None:
     tiny = folder / "tiny"
     tiny.mkdir()
     script = (
-        f"mount -t tmpfs -o size=16k none {tiny} && cp r.yaml {tiny}/ && "
-        f"{sys.executable} -m surgery run r.yaml --source twins.onnx --out {tiny}/out; code=$?; ls -A {tiny}; exit $code"
+        f"mount -t tmpfs -o size=16k none {tiny} && cp r.yaml {tiny}/; "
+        f"{sys.executable} -m surgery run r.yaml --source twins.onnx --out {tiny}/out; code=$?; "
+        f"ls -A {tiny}; exit $code"
     )
     probe = subprocess.run(
         ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(tiny)], capture_output=True, check=False
@@ -323,7 +324,8 @@ def test_help_imports_nothing_heavy() -> None:
         "import runpy\n"
         "try: runpy.run_module('surgery', run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "print([name for name in ('onnx', 'onnx_ir', 'numpy', 'torch', 'onnxruntime', 'polygraphy') if name in sys.modules])"
+        "heavy = ('onnx', 'onnx_ir', 'numpy', 'torch', 'onnxruntime', 'polygraphy')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
