@@ -80,12 +80,13 @@ def measure_form(name: str, title: str, source: Path, options: argparse.Namespac
         shutil.rmtree(work / command, ignore_errors=True)
 
     once = [command for command in SLOW if command in commands]
-    results = rounds(commands, cwd=work, count=options.rounds, before=clear, once=once)
-    sizes = {command: bytes_of(work / command) for command in commands}
+    results, failed = rounds(commands, cwd=work, count=options.rounds, before=clear, once=once)
+    results = {command: measured for command, measured in results.items() if command not in failed}
+    sizes = {command: bytes_of(work / command) for command in results}
     given = bytes_of(source if source.is_dir() else source.parent)
     save_json(name, title, results, sizes)
     shutil.rmtree(work)
-    return table(f"{name}: {title}", given, results, sizes)
+    return table(f"{name}: {title}", given, results, sizes, failed)
 
 
 def ours(source: Path, work: Path) -> Commands:
@@ -115,7 +116,13 @@ def prepare_output(command: Sequence[str], work: Path) -> None:
     (work / "surgery --no-check").rename(work / "kept")
 
 
-def table(title: str, given: int, results: Mapping[str, Sequence[Measurement]], sizes: Mapping[str, int]) -> str:
+def table(
+    title: str,
+    given: int,
+    results: Mapping[str, Sequence[Measurement]],
+    sizes: Mapping[str, int],
+    failed: Mapping[str, str],
+) -> str:
     baseline = results["cp of our output"]
     lines = [
         f"## {title}",
@@ -131,6 +138,7 @@ def table(title: str, given: int, results: Mapping[str, Sequence[Measurement]], 
             f"| {median(measured, 'cpu_seconds'):.2f} | {median(measured, 'peak_anonymous') / 1e6:.0f} "
             f"| {sizes[name] / 1e6:.1f} |"
         )
+    lines += [f"| {name} | fails: {text} | | | | |" for name, text in failed.items()]
     return "\n".join(lines)
 
 

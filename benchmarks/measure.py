@@ -62,8 +62,10 @@ def rounds(
     count: int,
     before: Callable[[str], None],
     once: Collection[str] = (),
-) -> dict[str, list[Measurement]]:
+) -> tuple[dict[str, list[Measurement]], dict[str, str]]:
     """Run all commands in turn, `count` times after one warm-up, so that drift of the machine hits all alike.
+
+    Returns the measurements by name, and for commands that failed the last line of what they said.
 
     Args:
         commands: By name.
@@ -73,16 +75,23 @@ def rounds(
         once: Slow commands, which run in the first round that counts only.
     """
     results: dict[str, list[Measurement]] = {name: [] for name in commands}
+    failed: dict[str, str] = {}
     for number in range(count + 1):
         for name, command in commands.items():
             if name in once and number != 1:
                 continue
+            if name in failed:
+                continue
             before(name)
             os.sync()
-            measured = measure(command, cwd=cwd)
+            try:
+                measured = measure(command, cwd=cwd)
+            except RuntimeError as error:
+                failed[name] = str(error).strip().splitlines()[-1]
+                continue
             if number:
                 results[name].append(measured)
-    return results
+    return results, failed
 
 
 def median(measurements: Sequence[Measurement], field: str) -> float:

@@ -18,7 +18,7 @@ from surgery.graphs import (
     value_names,
 )
 from surgery.registry import register
-from surgery.storage import find_twins, key_of
+from surgery.storage import MIN_DATA_BYTES, find_twins, key_of
 from surgery.units import in_bytes
 
 
@@ -207,8 +207,10 @@ def share_across(left: Mapping[str, Sequence[ir.Value]], names: Mapping[str, Cou
 
 
 def is_storable(value: ir.Value) -> bool:
-    """Say whether a weight is, or can become, an initializer: the bytes of others stand in the graph file."""
-    return value.is_initializer() or not value.is_graph_output()
+    """Say whether a data file can hold a weight: small ones, and constants that stay, stand in the graph file."""
+    tensor = value.const_value if value.is_initializer() else constant_tensor(value.producer())
+    is_large = tensor is not None and tensor.nbytes >= MIN_DATA_BYTES
+    return is_large and (value.is_initializer() or not value.is_graph_output())
 
 
 def as_initializer(value: ir.Value, names: Counter[str]) -> ir.Value:

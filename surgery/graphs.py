@@ -34,9 +34,9 @@ def fresh_name(wish: str, taken: Counter[str]) -> str:
     return name
 
 
-def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+def constant_tensor(node: ir.Node | None) -> ir.TensorProtocol | None:
     """Return what a `Constant` node gives, None for other nodes and for strings and sparse tensors."""
-    if node.op_type != "Constant" or node.domain != "" or len(node.attributes) != 1:
+    if node is None or node.op_type != "Constant" or node.domain != "" or len(node.attributes) != 1:
         return None
     (attribute,) = node.attributes.values()
     if attribute.is_ref():

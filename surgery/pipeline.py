@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -170,6 +170,7 @@ def run_recipe(
     opened = source.open(Path(scratch.name), say)
     seconds = time.perf_counter() - start
     with closing(Judge(opened.bundle, recipe.check, opened.reference, recipe.folder)) as judge:
+        opened = replace(opened, reference=None)  # the judge lets go of it after line 0, and so must we
         snapshots = Snapshots()
         checks: list[Watcher] = [Validity(), Accuracy(judge)] if is_checked else []
         manager = Manager(judge, [*checks, snapshots, ledger], recipe.check, Path(scratch.name), say)

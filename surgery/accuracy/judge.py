@@ -123,6 +123,8 @@ class Judge:
     def judge_source(self) -> Verdict:
         """Compare the source with what it was exported from, or with itself: it must answer the same twice.
 
+        What it was exported from is let go afterwards: a PyTorch model weighs as much as the bundle.
+
         Raises:
             StepFailed: A model runs on none of its samples.
         """
@@ -141,6 +143,7 @@ class Judge:
             verdict = found.onto(verdict, samples, is_own_data=self._samples.are_own(role))
         if not self._reference:
             verdict = replace(verdict, step=None, outputs={})
+        self._reference = None
         return replace(verdict, warnings=(*verdict.warnings, *warnings))
 
     def judge(

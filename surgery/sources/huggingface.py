@@ -30,8 +30,8 @@ FAMILIES: Mapping[str, Architecture] = {
 }
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 24
-# From 23 on attention is one node instead of a dozen, and 24 gives the same graph: GPT-2 124M has 486 nodes instead of
-# 654 and decodes 4 to 13 % faster in ONNX Runtime 1.31.
+# From 23 on attention is one node instead of a dozen, and 24 gives the same graph: GPT-2 124M's decode has 486 nodes
+# instead of 654, T5-base's 507 instead of 1,017, and neither is measurably slower in ONNX Runtime 1.31.
 DEFAULT_OPSET = 23
 COMPANIONS = (
     "generation_config.json",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from surgery.storage.fingerprint import fingerprint, identity
 from surgery.storage.naming import (
     MANIFEST,
+    MIN_DATA_BYTES,
     Manifest,
     data_file_of,
     file_of_role,
@@ -21,6 +22,7 @@ from surgery.storage.versions import lower
 
 __all__ = [
     "MANIFEST",
+    "MIN_DATA_BYTES",
     "ByteReader",
     "DataFile",
     "Layout",

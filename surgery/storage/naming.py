@@ -9,6 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 
+MIN_DATA_BYTES = 1024
+"""Smaller weights stand in the graph file, where shape inference sees them; the others in a data file."""
+
 MANIFEST = "bundle.json"
 SHARED_DATA = "weights.onnx_data"
 

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from surgery.errors import ModelFileError
 from surgery.storage.hollow import root_cause
+from surgery.storage.naming import MIN_DATA_BYTES
 from surgery.storage.region import DataFile, Region, Window, bytes_of_shape
 from surgery.storage.structure import find_disorder
 from surgery.storage.wire import MARKER, lift
@@ -20,7 +21,7 @@ from surgery.storage.wire import MARKER, lift
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def open_model(path: str | os.PathLike[str], *, min_bytes: int = 1024) -> ir.Model:
+def open_model(path: str | os.PathLike[str], *, min_bytes: int = MIN_DATA_BYTES) -> ir.Model:
     """Open an .onnx file; every weight of `min_bytes` or more, and every external one, becomes a `Region`.
 
     Nodes that are out of order are sorted.

@@ -17,6 +17,7 @@ from surgery.errors import OutputError
 from surgery.storage.atomic import publish_folder, publish_model, staging
 from surgery.storage.naming import (
     MANIFEST,
+    MIN_DATA_BYTES,
     SHARED_DATA,
     data_file_of,
     file_of_role,
@@ -55,7 +56,7 @@ def save_models(
     extras: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
     protected: Sequence[str | os.PathLike[str]] = (),
-    min_bytes: int = 1024,
+    min_bytes: int = MIN_DATA_BYTES,
     progress: Progress | None = None,
 ) -> list[SavedFile]:
     """Write models by role into a folder that appears whole or not at all; the models stay as they are.
@@ -101,7 +102,7 @@ def save_model(
     layout: Literal["optimum", "single"] = "optimum",
     overwrite: bool = False,
     protected: Sequence[str | os.PathLike[str]] = (),
-    min_bytes: int = 1024,
+    min_bytes: int = MIN_DATA_BYTES,
     progress: Progress | None = None,
 ) -> list[SavedFile]:
     """Write one model to `path`, with its weights beside it in `path` + "_data"; the model stays as it is.

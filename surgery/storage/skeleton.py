@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from surgery.storage.hollow import Stub, Weight, hollow
+from surgery.storage.naming import MIN_DATA_BYTES
 from surgery.storage.protos import subgraphs_of
 from surgery.storage.versions import lower
 
@@ -16,7 +17,7 @@ ELSEWHERE = "given-to-the-session"
 """The file that a skeleton says its weights are in: nobody reads it, ONNX Runtime only wants it to exist."""
 
 
-def skeleton(model: ir.Model, *, inline_below: int = 1024) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
+def skeleton(model: ir.Model, *, inline_below: int = MIN_DATA_BYTES) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
     """Serialise a model for a session that is given its weights as values; the model stays as it is.
 
     The session takes values only for initializers of the main graph (ONNX Runtime 1.31), so the big initializers of

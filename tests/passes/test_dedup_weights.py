@@ -1315,15 +1315,25 @@ def test_a_constant_that_is_an_output_shares_with_no_other_model():
 
 
 def test_what_is_shared_within_models_and_across_them_is_said():
-    graph = """
-        g (float[2] x) => (float[2] y) <float[2] a = {1, 2}, float[2] b = {1, 2}> {
+    graph = f"""
+        g (float[300] x) => (float[300] y) <float[300] a = {numbers(0)}, float[300] b = {numbers(0)}> {{
             p = Add(x, a)
             y = Mul(p, b)
-        }
+        }}
         """
     _, change = transformed(Bundle({role: parse(graph) for role in ("encoder", "prefill", "decode")}))
-    within, across = "shared 3 weights, 24 B saved", "2 weights stored once for several models, 16 B saved in"
+    within, across = "shared 3 weights, 3.6 kB saved", "2 weights stored once for several models, 2.4 kB saved in"
     assert change == Change(5, f"{within}; {across} layout shared")
+
+
+def test_weights_that_stand_in_the_graph_file_are_not_stored_once_for_several_models():
+    graph = """
+        g (float[2] x) => (float[2] y) <float[2] a = {1, 2}> {
+            y = Add(x, a)
+        }
+        """
+    _, change = transformed(Bundle({role: parse(graph) for role in ("prefill", "decode")}))
+    assert change == Change(0, "")
 
 
 def test_only_the_models_that_are_named_are_changed():

@@ -1,0 +1,68 @@
+"""The main job, for real: the recipes that ship, on the trained fixtures, from PyTorch to a folder and back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+ANSWERS = {"adder": ["27+58= -> 85", "9+94= -> 103"], "sorter": ["3142 -> 1234", "9071 -> 0179"]}
+ROLES = {"adder": ["prefill", "decode"], "sorter": ["encoder", "prefill", "decode"]}
+
+
+@pytest.fixture(scope="module", params=["adder", "sorter"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """A recipe that ran, the folder that it wrote, and what it printed."""
+    import sys
+
+    name = request.param
+    out = tmp_path_factory.mktemp(name) / "out"
+    command = [sys.executable, "-m", "surgery", "run", str(ROOT / "recipes" / f"{name}.yaml"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return name, out, done.stdout
+
+
+def test_the_answers_are_right(finished: tuple[str, Path, str]) -> None:
+    name, _, said = finished
+    for answer in ANSWERS[name]:
+        assert answer in said
+
+
+def test_the_export_is_near_pytorch_and_the_cut_is_exact(finished: tuple[str, Path, str]) -> None:
+    name, out, _ = finished
+    source, dedup = json.loads((out / "report.json").read_text())["steps"]
+    assert source["models"] == ROLES[name]
+    assert 0 < source["verdict"]["step"]["max_error"] < 1e-4
+    assert dedup["verdict"]["step"]["exact"]
+    assert dedup["verdict"]["source"]["exact"]
+    assert dedup["changes"] >= 18
+    assert set(dedup["verdict"]["coverage"]) == set(ROLES[name])
+    assert "past 0, 1, 7, 99" in dedup["verdict"]["coverage"]["decode"]
+    assert "padding no, yes" in dedup["verdict"]["coverage"]["decode"]
+    assert not source["warnings"]
+
+
+def test_every_weight_is_stored_once(finished: tuple[str, Path, str]) -> None:
+    name, out, _ = finished
+    torch_bytes = (ROOT / "fixtures" / name / "model.safetensors").stat().st_size
+    assert (out / "weights.onnx_data").stat().st_size < 1.02 * torch_bytes
+
+
+def test_what_was_saved_is_a_source_again(finished: tuple[str, Path, str], tmp_path: Path, surgery: Run) -> None:
+    name, out, _ = finished
+    (prompt, answer), *_ = (line.split(" -> ") for line in ANSWERS[name])
+    recipe = tmp_path / "again.yaml"
+    recipe.write_text(f"source: {out}\nsteps: [dedup_weights]\ncheck: {{prompts: ['{prompt}']}}\noutput: again\n")
+    done = surgery("run", recipe)
+    assert done.returncode == 0, done.stderr
+    assert f"{prompt} -> {answer}" in done.stdout
+    assert "step 1 dedup_weights: exact; nothing to do" in done.stdout
+    assert (tmp_path / "again" / "decoder_with_past_model.onnx_data").is_file()
+    assert (tmp_path / "again" / "tokenizer.json").is_file()
