@@ -75,7 +75,7 @@ def run(
             def say(text: str) -> None:
                 status.update(text)
 
-            with _rescuing(console, recipe):
+            with _rescuing(recipe, debug):
                 result = run_recipe(
                     recipe,
                     is_checked=not no_check,
@@ -167,6 +167,8 @@ def _errors_said(console: Console, debug: bool) -> Iterator[None]:
 
     try:
         yield
+    except typer.Exit:
+        raise
     except SurgeryError as error:
         if debug:
             raise
@@ -183,19 +185,23 @@ def _errors_said(console: Console, debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _rescuing(console: Console, recipe: Recipe) -> Iterator[None]:
-    """When a step stops the run, save its input and the rest of the recipe before the error is said."""
+def _rescuing(recipe: Recipe, debug: bool) -> Iterator[None]:
+    """When a step stops the run, say why, and save its input and the rest of the recipe."""
     from surgery.manager import Stopped
 
     try:
         yield
     except Stopped as error:
-        if error.step is not None:
-            _rescue(console, recipe, error)
-        raise
+        if error.step is None:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        _rescue(recipe, error)
+        if debug:
+            raise
+        raise typer.Exit(error.exit_code) from error
 
 
-def _rescue(console: Console, recipe: Recipe, stopped: Stopped) -> None:
+def _rescue(recipe: Recipe, stopped: Stopped) -> None:
     from surgery.errors import SurgeryError
     from surgery.pipeline import rescue
 
@@ -212,11 +218,15 @@ def _rescue(console: Console, recipe: Recipe, stopped: Stopped) -> None:
 
 
 def _stopped_folder(recipe: Recipe) -> Path:
+    """Return where to save what a stopped run leaves: beside the output, and never over the source."""
     if recipe.output is not None:
         target = (recipe.folder / recipe.output.folder).resolve()
-        return target.with_name(f"{target.name}.stopped")
-    assert recipe.path is not None
-    return Path.cwd() / f"{recipe.path.stem}.stopped"
+    else:
+        assert recipe.path is not None
+        target = Path.cwd() / recipe.path.stem
+    folder = target.with_name(f"{target.name}.stopped")
+    is_source = folder == (recipe.folder / recipe.source.path).resolve()
+    return folder.with_name(f"{folder.name}.again") if is_source else folder
 
 
 def _steps_folder(recipe: Recipe) -> Path:
