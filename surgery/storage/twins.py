@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import onnx_ir as ir
 
@@ -11,6 +13,7 @@ from surgery.storage.region import ByteReader, Region, bytes_reader
 
 FIRST_CHUNK_BYTES = 4 << 10
 CHUNK_BYTES = 1 << 20
+MOST_READERS = 4
 
 
 def find_twins(tensors: Sequence[ir.TensorProtocol], min_bytes: int = 1) -> list[list[int]]:
@@ -30,8 +33,10 @@ def find_twins(tensors: Sequence[ir.TensorProtocol], min_bytes: int = 1) -> list
     for index, tensor in enumerate(tensors):
         if tensor.dtype != ir.DataType.STRING and tensor.nbytes >= min_bytes:
             alike[tensor.dtype, tuple(tensor.shape.numpy())].append(index)
-    groups = [group for indices in alike.values() if len(indices) > 1 for group in _split(tensors, indices)]
-    return sorted(groups, key=lambda group: group[0])
+    candidates = [indices for indices in alike.values() if len(indices) > 1]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_READERS)) as readers:  # reading lets other threads run
+        found = readers.map(lambda indices: list(_split(tensors, indices)), candidates)
+        return sorted((group for groups in found for group in groups), key=lambda group: group[0])
 
 
 def _split(tensors: Sequence[ir.TensorProtocol], indices: Sequence[int]) -> Iterator[list[int]]:
@@ -66,13 +71,19 @@ def _by_chunk(
     if len(part) == 1:
         readers.pop(part[0][0], None)
         return [part]
-    finer: defaultdict[bytes, list[list[int]]] = defaultdict(list)
+    finer: list[tuple[bytes, list[list[int]]]] = []
     for member in part:
         index = member[0]
         if index not in readers:
             readers[index] = bytes_reader(tensors[index])
-        finer[bytes(readers[index].read(position, size))].append(member)
-    return finer.values()
+        chunk = bytes(readers[index].read(position, size))
+        # Comparing is a memcmp and ends at the first difference; hashing a chunk would cost more than reading it.
+        equal = next((members for known, members in finer if known == chunk), None)
+        if equal is None:
+            finer.append((chunk, [member]))
+        else:
+            equal.append(member)
+    return [members for _, members in finer]
 
 
 def _sameness(tensor: ir.TensorProtocol) -> Hashable:
