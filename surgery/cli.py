@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -89,6 +90,8 @@ def run(
                 start = time.perf_counter()
                 folder, files = save_result(result, recipe.output, recipe.folder)
                 _list_files(console, folder, files, time.perf_counter() - start)
+            else:
+                console.print("\nnothing is saved: the recipe has no output; --out FOLDER gives it one")
             if steps_folder is not None:
                 console.print(f"every step: {_short(steps_folder)}")
 
@@ -104,7 +107,8 @@ def plan(
     """Check a recipe and show what it would do; no model is opened."""
     from rich.table import Table
 
-    from surgery.pipeline import plan_recipe
+    from surgery.errors import OutputError
+    from surgery.pipeline import plan_recipe, refuse_taken_output
     from surgery.recipe import load_recipe
 
     console = _console()
@@ -123,6 +127,10 @@ def plan(
         console.print(table)
         if recipe.output is not None:
             console.print(f"output: {_short(recipe.folder / recipe.output.folder)}, layout {recipe.output.layout}")
+            try:
+                refuse_taken_output(recipe)
+            except OutputError as error:
+                console.print(f"note: {error}", markup=False)
 
 
 @app.command()
@@ -218,24 +226,35 @@ def _rescue(recipe: Recipe, stopped: Stopped) -> None:
 
 
 def _stopped_folder(recipe: Recipe) -> Path:
-    """Return where to save what a stopped run leaves: beside the output, and never over the source."""
+    """Return where to save what a stopped run leaves: beside the output, never over the source or files of the user."""
     if recipe.output is not None:
         target = (recipe.folder / recipe.output.folder).resolve()
     else:
         assert recipe.path is not None
         target = Path.cwd() / recipe.path.stem
-    folder = target.with_name(f"{target.name}.stopped")
-    is_source = folder == (recipe.folder / recipe.source.path).resolve()
-    return folder.with_name(f"{folder.name}.again") if is_source else folder
+    source = (recipe.folder / recipe.source.path).resolve()
+    names = (f"{target.name}.stopped{'.again' * count}" for count in itertools.count())
+    folders = (target.with_name(name) for name in names)
+    return next(folder for folder in folders if folder not in (source, *source.parents) and _may_replace(folder))
+
+
+def _may_replace(folder: Path) -> bool:
+    """Say whether a folder is not there, empty, or saved by an earlier run."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and ((folder / "bundle.json").is_file() or not any(folder.iterdir()))
 
 
 def _steps_folder(recipe: Recipe) -> Path:
-    from surgery.errors import RecipeError
+    from surgery.errors import OutputError, RecipeError
 
     if recipe.output is None:
         raise RecipeError("--keep-steps needs an output folder", hint="--out FOLDER")
     target = (recipe.folder / recipe.output.folder).resolve()
-    return target.with_name(f"{target.name}.steps")
+    folder = target.with_name(f"{target.name}.steps")
+    if not _may_replace(folder):
+        raise OutputError(f"{folder} is not from an earlier run", hint="move it away, or another --out")
+    return folder
 
 
 def _overwriting(recipe: Recipe) -> Recipe:

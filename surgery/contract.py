@@ -225,14 +225,23 @@ class ModelPass(Pass, InPlacePass):
 
     def apply(self, bundle: Bundle, context: Callable[[str], Context]) -> Outcome:
         """Rewrite each model in turn."""
-        changes = {
-            role: self.rewrite(bundle[role], context(role)) for role in self.roles(RoleUse.EDITS, tuple(bundle.models))
-        }
+        changes: dict[str, Change] = {}
+        for role in self.roles(RoleUse.EDITS, tuple(bundle.models)):
+            changes[role] = _as_change(self, self.rewrite(bundle[role], context(role)))
         return Outcome(join_changes(changes))
 
     def call(self, model: ir.Model) -> PassResult:
         """Run as an `onnx_ir` pass, outside any recipe: nothing is checked and nothing can be asked."""
         return PassResult(model, self.rewrite(model, Context()).count > 0)
+
+
+def _as_change(pass_: Pass, returned: object) -> Change:
+    """Refuse what is no `Change`, such as the None of a forgotten return."""
+    if not isinstance(returned, Change):
+        raise Refused(
+            f"{type(pass_).__name__} returned {returned!r}, not a Change", hint="return Change(count, sentence)"
+        )
+    return returned
 
 
 def join_changes(changes: Mapping[str, Change]) -> Change:
@@ -279,7 +288,7 @@ class BundlePass(Pass):
     def apply(self, bundle: Bundle, context: Callable[[str], Context]) -> Outcome:
         """Transform, drop what was taken, and prove that what was promised is there."""
         present = tuple(bundle.models)
-        change = self.transform(bundle, context)
+        change = _as_change(self, self.transform(bundle, context))
         made = self.roles(RoleUse.MAKES, present)
         for role in self.roles(RoleUse.TAKES, present):
             if role not in made:

@@ -78,6 +78,8 @@ def _problem(
     pass_ = step.pass_
     wanted = [role for use in (RoleUse.TAKES, RoleUse.READS, RoleUse.EDITS) for role in pass_.roles(use, present)]
     for role in wanted:
+        if wanted.count(role) > 1:
+            return f"names the model {role!r} twice"
         if role in gone and role not in present:
             return f"the model {role!r} is gone: {gone[role]} took it"
         if role not in present:
@@ -159,6 +161,7 @@ class Stopped(SurgeryError):
         self.exit_code = cause.exit_code
         self.step = step
         self.bundle = bundle
+        self.scratch: object = None
 
 
 @dataclass
@@ -226,7 +229,7 @@ class Manager:
         record.seconds = time.perf_counter() - start
         record.judged = self.judge.calls - calls
         record.change = outcome.change
-        record.claims = tuple(pass_.claims(record.before, record.after))
+        record.claims = all_claims(pass_, record.before, record.after)
         if not tuple(facts) and not outcome.facts:
             return facts
         identities = record.after.identities()
@@ -236,7 +239,7 @@ class Manager:
         def judge(candidate: object) -> Verdict:
             models = candidate.models if isinstance(candidate, Bundle) else {**record.after.models, role: candidate}
             after = Bundle(models, record.before.config, record.before.generation_config)  # type: ignore[arg-type]
-            claims = tuple(pass_.claims(record.before, after))
+            claims = all_claims(pass_, record.before, after)
             return self.judge.judge(record.before, after, claims, record.effect, record.tolerance)
 
         return Context(
@@ -253,6 +256,16 @@ class Manager:
         )
 
 
+def all_claims(pass_: Pass, before: Bundle, after: Bundle) -> tuple[Claim, ...]:
+    """Return what a pass claims, and of the models that it neither takes nor makes that they answer as they did."""
+    claims = tuple(pass_.claims(before, after))
+    spoken_of = {role for claim in claims for role in claim.candidate.roles}
+    for use in (RoleUse.TAKES, RoleUse.MAKES):
+        spoken_of.update(pass_.roles(use, tuple(before.models)))
+    others = [role for role in after.models if role in before.models and role not in spoken_of]
+    return claims + tuple(Claim.same(role) for role in others)
+
+
 def tolerance_in_force(pass_: Pass, check: Check) -> Tolerance:
     """Return the pass's own tolerance with what the recipe says over it."""
     limits = {name: getattr(check, name) for name in Tolerance.model_fields}
@@ -267,7 +280,7 @@ def _stopping(record: StepRecord, step: Step | None) -> Iterator[None]:
     except SurgeryError as error:
         error.message = f"{record.name}: {error.message}"
         raise Stopped(error, step, record.before) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = str(error).strip().splitlines()
         failure = StepFailed(f"{record.name}: raised {type(error).__name__}: {text[0] if text else '(no text)'}")
         raise Stopped(failure, step, record.before) from error

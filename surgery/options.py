@@ -11,6 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+Location = tuple[str | int, ...]
+
 
 class Options(BaseModel):
     """A frozen set of options; unknown keys are errors, scalars are never coerced.
@@ -64,28 +66,66 @@ def _first_that_changes(annotations: Iterable[Any], value: Any) -> Any:
     return value
 
 
-def explain(error: ValidationError, known: Mapping[str, Iterable[str]]) -> list[tuple[tuple[str | int, ...], str]]:
-    """Say each mistake of a validation as (path of the key, sentence).
+def explain(error: ValidationError, known: Mapping[str, Iterable[str]], given: Any) -> list[tuple[Location, str]]:
+    """Say each mistake of a validation as (path of the key, sentence), one for each place.
 
     Args:
         error: What pydantic raised.
         known: For the path of a mapping, joined by dots (`""` is the top), the keys that it knows.
+        given: What was validated.
     """
-    return [(detail["loc"], _sentence(dict(detail), known)) for detail in error.errors(include_url=False)]
+    places: dict[Location, list[dict[str, Any]]] = {}
+    for detail in error.errors(include_url=False):
+        places.setdefault(_location(dict(detail), given), []).append(dict(detail))
+    # A mapping or list is wrong wherever something in it is; only the innermost mistake tells anything.
+    return [
+        (place, _sentence(place, details, known))
+        for place, details in places.items()
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
 
 
-def _sentence(detail: dict[str, Any], known: Mapping[str, Iterable[str]]) -> str:
-    location = detail["loc"]
+def _location(detail: Mapping[str, Any], given: Any) -> Location:
+    """Return the keys that lead to a mistake, without the names that pydantic adds for the branches of a union."""
+    kept: list[str | int] = []
+    node = given
+    for part in detail["loc"]:
+        if _holds(node, part):
+            kept.append(part)
+            node = node[part]
+    if detail["type"] == "missing":
+        kept.append(detail["loc"][-1])
+    return tuple(kept)
+
+
+def _holds(node: Any, part: str | int) -> bool:
+    if isinstance(node, Mapping):
+        return part in node
+    return isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node)
+
+
+def _sentence(location: Location, details: Sequence[Mapping[str, Any]], known: Mapping[str, Iterable[str]]) -> str:
+    first = details[0]
     key = next((part for part in reversed(location) if isinstance(part, str)), "")
-    if detail["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden":
         parents = ".".join(str(part) for part in location[:-1])
         return f"unknown option {key!r}{did_you_mean(key, _keys_at(parents, known))}"
-    if detail["type"] == "missing":
+    if first["type"] == "missing":
         return f"needs the option {key!r}"
-    given = detail["input"]
-    message = str(detail["msg"])
-    message = message.removeprefix("Value error, ")
-    return f"{key}: {message[:1].lower()}{message[1:]}, not {given!r}"
+    if first["type"] == "invalid_key" or first["loc"][-1:] == ("[key]",):
+        return f"keys are words, not {first['input']!r}"
+    name = f"{key}: " if key else ""
+    return f"{name}{_wish([str(detail['msg']) for detail in details])}, not {first['input']!r}"
+
+
+def _wish(messages: Sequence[str]) -> str:
+    """Join what the branches of a union ask for: `input should be a valid integer or a valid string`."""
+    start = "Input should be "
+    text = messages[0].removeprefix("Value error, ")
+    others = dict.fromkeys(entry.removeprefix(start) for entry in messages[1:] if entry.startswith(start))
+    if text.startswith(start):
+        text = " or ".join([text, *(entry for entry in others if start + entry != text)])
+    return f"{text[:1].lower()}{text[1:]}"
 
 
 def _keys_at(path: str, known: Mapping[str, Iterable[str]]) -> Iterable[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from surgery.bundle import Bundle
 from surgery.contract import Pass
-from surgery.errors import Inaccurate, OutputError
-from surgery.manager import Manager, PlannedStep, StepRecord, Watcher, plan
-from surgery.recipe import Check, Output, Recipe, Source, Step
+from surgery.errors import Inaccurate, OutputError, RecipeError
+from surgery.manager import Manager, PlannedStep, StepRecord, Stopped, Watcher, plan
+from surgery.options import did_you_mean
+from surgery.recipe import Check, Output, Recipe, Source, Step, located
 from surgery.registry import find, word_of
-from surgery.sources import Given, find_source
+from surgery.sources import Given, SourceKind, find_source
 
 if TYPE_CHECKING:
     from surgery.accuracy.judge import Judge
@@ -124,14 +125,43 @@ class Pipeline:
 
 
 def _as_step(number: int, pass_: Pass | str) -> Step:
+    if isinstance(pass_, type):
+        raise RecipeError(f"step {number} is the class {pass_.__name__}, not a pass", hint=f"{pass_.__name__}(...)")
     made = find(pass_, Path())() if isinstance(pass_, str) else pass_
     return Step(number, pass_ if isinstance(pass_, str) else word_of(made), made)
 
 
 def plan_recipe(recipe: Recipe) -> tuple[tuple[str, ...], list[PlannedStep]]:
     """Return the source's roles and the planned steps; no model is opened."""
-    roles = find_source(recipe.source, recipe.folder).roles
-    return roles, plan(recipe.steps, roles, recipe.folder)
+    roles = _source_of(recipe).roles
+    planned = plan(recipe.steps, roles, recipe.folder)
+    _refuse_check(recipe, roles, planned)
+    return roles, planned
+
+
+def _source_of(recipe: Recipe) -> SourceKind:
+    with located(recipe.where_source):
+        return find_source(recipe.source, recipe.folder)
+
+
+def _refuse_check(recipe: Recipe, roles: Sequence[str], planned: Sequence[PlannedStep]) -> None:
+    """Find out before a model is opened what the check could not do.
+
+    Raises:
+        RecipeError: Data for a model or from a file that is not there, prompts for models that cannot generate.
+    """
+    data = recipe.check.data
+    for role, path in data.items() if isinstance(data, dict) else [(None, data)]:
+        if role is not None and role not in roles:
+            raise RecipeError(f"check.data: the source has no model {role!r}{did_you_mean(role, roles)}")
+        if path is not None and not (recipe.folder / path).is_file():
+            raise RecipeError(f"check.data: there is no file {recipe.folder / path}")
+    last = planned[-1].roles if planned else tuple(roles)
+    if recipe.check.prompts and not {"prefill", "decode"} <= set(last):
+        raise RecipeError(
+            f"check.prompts: they need the models 'prefill' and 'decode'; at the end there is {', '.join(last)}",
+            hint="leave the prompts out",
+        )
 
 
 def run_recipe(
@@ -158,10 +188,12 @@ def run_recipe(
         SurgeryError: The source cannot be opened, or the recipe does not fit it.
     """
     from surgery.accuracy.judge import Judge
+    from surgery.runtime.prompts import load_tokenizer
     from surgery.watchers import Accuracy, Ledger, Snapshots, Validity
 
-    source = find_source(recipe.source, recipe.folder) if bundle is None else Given(bundle)
-    plan(recipe.steps, source.roles, recipe.folder)
+    source = _source_of(recipe) if bundle is None else Given(bundle)
+    planned = plan(recipe.steps, source.roles, recipe.folder)
+    _refuse_check(recipe, source.roles, planned)
     scratch = tempfile.TemporaryDirectory(prefix="surgery-", ignore_cleanup_errors=True)
     ledger = Ledger(show)
     ledger.starting(0, "source")
@@ -175,12 +207,21 @@ def run_recipe(
         checks: list[Watcher] = [Validity(), Accuracy(judge)] if is_checked else []
         manager = Manager(judge, [*checks, snapshots, ledger], recipe.check, Path(scratch.name), say)
         try:
+            if recipe.check.prompts:
+                load_tokenizer(opened.bundle)
             manager.open(opened.bundle, seconds)
             finished = manager.run(opened.bundle, recipe.steps)
-        finally:
+        except Stopped as error:
+            error.scratch = scratch  # the bundle in the error may have weights there
             if keep_steps is not None:
-                say("saving every step")
-                snapshots.save(keep_steps)
+                with suppress(OutputError):  # why the run stopped is what matters
+                    snapshots.save(keep_steps)
+            raise
+        finally:
+            ledger.close()
+        if keep_steps is not None:
+            say("saving every step")
+            snapshots.save(keep_steps)
         is_asked = is_checked and recipe.check.prompts
         answers = _ask(recipe.check, judge, opened.bundle, finished) if is_asked else []
     return Result(finished, ledger.records, answers, recipe.source.path, opened.inputs, scratch)
@@ -220,7 +261,7 @@ def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path, inputs: Se
     from surgery.report.rest import rest_of_recipe
     from surgery.storage import save_models
 
-    text = rest_of_recipe(recipe, number)
+    text = rest_of_recipe(recipe, number, tuple(bundle.models))
     save_models(
         bundle.models,
         folder,
@@ -248,8 +289,15 @@ def refuse_taken_output(recipe: Recipe) -> None:
     Raises:
         OutputError: The folder exists and may not be replaced.
     """
-    if recipe.output is None or recipe.output.overwrite:
+    if recipe.output is None:
         return
-    target = recipe.folder / recipe.output.folder
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target = (recipe.folder / recipe.output.folder).resolve()
+    source = (recipe.folder / recipe.source.path).resolve()
+    if target == source or target in source.parents:
+        raise OutputError(f"{target} is, or holds, the source, which is never written to", hint="another --out")
+    if source in target.parents:
+        raise OutputError(f"{target} is inside the source, which is never written to", hint="another --out")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file", hint="another --out")
+    if target.exists() and any(target.iterdir()) and not recipe.output.overwrite:
         raise OutputError(f"{target} exists already", hint="--overwrite, or another --out")

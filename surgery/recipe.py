@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field, ValidationError
 
@@ -15,6 +17,7 @@ from surgery import registry
 from surgery.contract import Pass
 from surgery.errors import RecipeError
 from surgery.options import Options, did_you_mean, explain
+from surgery.sources import looks_like_a_path
 
 KeyPath = tuple[str | int, ...]
 Positive = Annotated[int, Field(ge=1)]
@@ -115,7 +118,8 @@ class Recipe:
     Args:
         path: Its file; None for one that was composed in Python.
         folder: What relative paths in it are relative to.
-        text: The plain content after all overrides, to be saved or run again.
+        plain: The plain content after all overrides, to be saved or run again.
+        where_source: Where its source stands, for `located`; empty for one that was composed in Python.
     """
 
     source: Source
@@ -155,6 +159,21 @@ class _Places:
         return str(self._file)
 
 
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put a place, such as a recipe's `where_source`, before what a `RecipeError` says; an empty place changes nothing.
+
+    Raises:
+        RecipeError: The same, with its place.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        if not where:
+            raise
+        raise RecipeError(f"{where}: {error.message}", hint=error.hint) from error
+
+
 def load_recipe(
     file: Path, *, settings: Sequence[str] = (), source: str | None = None, out: Path | None = None
 ) -> Recipe:
@@ -163,7 +182,7 @@ def load_recipe(
     Args:
         file: The YAML file.
         settings: Overrides `key=value`; `check.seed=3`, `steps.1.min_bytes=64` or `dedup_weights.min_bytes=64`.
-        source: Replaces `source.path`; relative to the current directory.
+        source: Replaces `source.path`; relative to the current directory, unless it can only be a Hub id.
         out: Replaces `output.folder`, likewise.
 
     Raises:
@@ -173,19 +192,33 @@ def load_recipe(
     for setting in settings:
         _apply_setting(tree, places, setting)
     if source is not None:
-        _override_path(tree, places, "source", "path", _absolute(source), "--source")
+        _override_path(tree, places, "source", "path", _from_here(source, file.parent), "--source")
     if out is not None:
-        _override_path(tree, places, "output", "folder", str(out.resolve()), "--out")
+        _override_path(tree, places, "output", "folder", str(_user_path(str(out))), "--out")
     return _check(tree, places, file)
 
 
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
+def _from_here(source: str, folder: Path) -> str:
+    """Return a source of the command line as an absolute path, or as it is if it is a Hub id."""
+    path = _user_path(source)
+    if path.exists() or looks_like_a_path(source):
+        return str(path)
+    beside = (folder / source).resolve()
+    if beside.exists():
+        raise RecipeError(
+            f"--source {source}: there is no {source!r} in the current folder, but there is one beside the recipe",
+            hint=f"--source {beside}",
+        )
+    return source
+
+
+def _user_path(text: str) -> Path:
+    return Path(os.path.expanduser(text)).resolve()
 
 
 def _read(file: Path) -> tuple[dict[str, Any], _Places]:
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -197,6 +230,8 @@ def _read(file: Path) -> tuple[dict[str, Any], _Places]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         problem = (error.problem or "not YAML").splitlines()[0]
         raise RecipeError(f"{file}:{line}: {problem}") from error
+    except (YAMLError, ValueError) as error:  # a control character; a date that there is not
+        raise RecipeError(f"{file}:1: not YAML: {str(error).splitlines()[0]}") from error
     places = _Places(file)
     if not isinstance(tree, dict):
         raise RecipeError(f"{file}:1: a recipe is a mapping with the keys 'source', 'steps', 'check', 'output'")
@@ -208,11 +243,15 @@ def _reason(error: Exception) -> str:
 
 
 def _plain(node: Any, path: KeyPath, places: _Places) -> Any:
-    """Turn what ruamel.yaml loads into plain Python values and note the line of each key."""
+    """Turn what ruamel.yaml loads into plain Python values and note the line of each key.
+
+    Raises:
+        RecipeError: A value has a tag.
+    """
     if isinstance(node, dict):
         lines = getattr(node, "lc", None)
         for key in node:
-            if lines is not None:
+            if lines is not None and key in (lines.data or {}):  # a key that was merged in stands elsewhere
                 places.put((*path, key), lines.key(key)[0] + 1)
         return {key: _plain(value, (*path, key), places) for key, value in node.items()}
     if isinstance(node, list):
@@ -226,6 +265,8 @@ def _plain(node: Any, path: KeyPath, places: _Places) -> Any:
     for kind in (str, int, float):
         if isinstance(node, kind):
             return kind(node)
+    if type(node).__name__ == "TaggedScalar":
+        raise RecipeError(f"{places.of(path)}: the tag '{node.tag}' means nothing here", hint="leave it out")
     return node
 
 
@@ -239,23 +280,36 @@ def _apply_setting(tree: dict[str, Any], places: _Places, setting: str) -> None:
         raise RecipeError(f"{place}: write key=value, such as check.seed=3 or steps.1.min_bytes=64")
     try:
         value = _plain(YAML(typ="safe").load(StringIO(text)), (), _Places(Path()))
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # the last of an alias that contains itself
         raise RecipeError(f"{place}: {text!r} is not a YAML value") from error
+    whole = key.rpartition(".")[0]
     *parents, last = _resolve_key(tree, key.split("."), place)
     node: Any = tree
     for index, part in enumerate(parents):
         node = _descend(node, part, place, tuple(parents[: index + 1]))
+    if parents == ["steps"]:
+        raise RecipeError(f"{place}: a step is set by its options, such as {key}.models=[decode]")
+    if isinstance(node, list) or (str(last).isdecimal() and _is_list(parents)):
+        raise RecipeError(f"{place}: replace the whole list: {whole}=[...]")
     if not isinstance(node, dict):
-        raise RecipeError(f"{place}: {'.'.join(map(str, parents))} has no options")
+        raise RecipeError(f"{place}: {whole} has no options")
     node[last] = value
     places.override((*parents, last), place)
+
+
+def _is_list(path: Sequence[str | int]) -> bool:
+    """Is this an option of `check` that takes a list?"""
+    option = Check.model_fields.get(str(path[1])) if len(path) == 2 and path[0] == "check" else None
+    return option is not None and get_origin(option.annotation) is tuple
 
 
 def _descend(node: Any, part: str | int, place: str, path: KeyPath) -> Any:
     if isinstance(node, dict):
         if isinstance(node.get(part), str) and part in ("source", "output"):
             node[part] = {"path" if part == "source" else "folder": node[part]}
-        return node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        return node[part]
     if isinstance(part, int) and isinstance(node, list):
         if isinstance(node[part], str):
             node[part] = {"pass": node[part]}
@@ -300,18 +354,21 @@ def _check(tree: dict[str, Any], places: _Places, file: Path) -> Recipe:
     for section, key in (("source", "path"), ("output", "folder")):
         if isinstance(tree.get(section), str):
             tree[section] = {key: tree[section]}
+    folder = file.resolve().parent
+    raw_steps = tree.get("steps")
+    of_steps: list[str] = []
+    steps = [
+        _read_step(index, raw, folder, places, of_steps)
+        for index, raw in enumerate(raw_steps if isinstance(raw_steps, list) else [])
+    ]
     mistakes: list[str] = []
     sections: Sections | None = None
     try:
         sections = Sections.model_validate(tree)
     except ValidationError as error:
-        mistakes += [f"{places.of(_plain_path(path, tree))}: {text}" for path, text in explain(error, _known_keys())]
-    folder = file.resolve().parent
-    raw_steps = tree.get("steps")
-    steps = [
-        _read_step(index, raw, folder, places, mistakes)
-        for index, raw in enumerate(raw_steps if isinstance(raw_steps, list) else [])
-    ]
+        said = explain(error, _known_keys(), tree)
+        mistakes += [f"{places.of(path)}: {text}" for path, text in said if not _is_of_step(path) or not of_steps]
+    mistakes += of_steps
     if mistakes or sections is None:
         raise RecipeError("\n".join(mistakes))
     return Recipe(
@@ -326,17 +383,9 @@ def _check(tree: dict[str, Any], places: _Places, file: Path) -> Recipe:
     )
 
 
-def _plain_path(path: KeyPath, tree: Any) -> KeyPath:
-    """Drop the parts that pydantic adds to a path for the branch of a union."""
-    kept: list[str | int] = []
-    node = tree
-    for part in path:
-        try:
-            node = node[part]
-        except (KeyError, IndexError, TypeError):
-            continue
-        kept.append(part)
-    return tuple(kept)
+def _is_of_step(path: KeyPath) -> bool:
+    """Is this in a step, whose own pass says what is wrong with it?"""
+    return len(path) > 1 and path[0] == "steps"
 
 
 def _known_keys() -> dict[str, Iterable[str]]:
@@ -364,7 +413,7 @@ def _read_step(index: int, raw: Any, folder: Path, places: _Places, mistakes: li
         known = {"": option_names(cls)}
         mistakes += [
             f"{places.of((*path, *location))}: step {number} ({word}): {text}"
-            for location, text in explain(error, known)
+            for location, text in explain(error, known, options)
         ]
         return None
     except RecipeError as error:
@@ -376,7 +425,15 @@ def _read_step(index: int, raw: Any, folder: Path, places: _Places, mistakes: li
 
 def make_pass(cls: type[Pass], options: Mapping[str, Any], folder: Path) -> Pass:
     """Make a pass of its options; `folder` is what names of modules and relative paths in them are relative to."""
-    return cls.model_validate(options, context={"folder": folder})
+    made = cls.model_validate(options, context={"folder": folder})
+    paths = {name: getattr(made, name) for name, option in cls.model_fields.items() if _is_path(option.annotation)}
+    moved = {name: folder / path for name, path in paths.items() if path is not None and not path.is_absolute()}
+    return made.model_copy(update=moved) if moved else made
+
+
+def _is_path(annotation: Any) -> bool:
+    """Is this `Path`, or `Path | None`?"""
+    return annotation is Path or set(get_args(annotation)) == {Path, type(None)}
 
 
 def option_names(cls: type[Pass]) -> list[str]:

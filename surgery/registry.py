@@ -9,7 +9,9 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -150,16 +152,24 @@ def _load_module(name: str, folder: Path) -> ModuleType:
 
 
 def _load_file(file: Path, folder: Path) -> ModuleType:
-    """Import a user's file under a name of its own, so that it can shadow nothing; its siblings are importable."""
-    name = "surgery_user_" + re.sub(r"\W", "_", str(file.resolve()))
+    """Import a user's file under a name of its own, so that it can shadow nothing; its siblings are importable.
+
+    A sibling file is the same module however it is reached, so that the facts it declares are the same classes. An
+    `import` of a sibling must stand at the top: one in a function runs when the siblings are out of reach again.
+    """
+    name = _user_name(file)
     known = sys.modules.get(name)
     if known is not None:
         return known
+    if PACKAGE not in sys.modules:
+        _built_in_package()  # else `from passes.x import Y` in the file would find a folder beside the recipe
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    siblings = _Siblings(folder)
+    sys.meta_path.insert(0, siblings)
     sys.path.insert(0, str(folder))
     try:
         spec.loader.exec_module(module)
@@ -168,7 +178,53 @@ def _load_file(file: Path, folder: Path) -> ModuleType:
         raise
     finally:
         sys.path.remove(str(folder))
+        sys.meta_path.remove(siblings)
     return module
+
+
+def _user_name(file: Path) -> str:
+    """Return the name under which a user's file is imported."""
+    return "surgery_user_" + re.sub(r"\W", "_", str(file.resolve()))
+
+
+class _Siblings(MetaPathFinder):
+    """Finds `import helper` as the file helper.py of a folder, and imports it under the name of a user's file.
+
+    `import` takes whatever module the spec that it is given loads, and stores it under the spec's own name: the plain
+    name is never taken. Packages are left to `sys.path`, since their parts are looked up by the plain name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a sibling file, None for anything else."""
+        file = self._folder / f"{fullname}.py"
+        if path is not None or "." in fullname or not file.is_file():
+            return None
+        name = _user_name(file)
+        known = sys.modules.get(name)
+        if known is not None:
+            return ModuleSpec(name, _Known(known), origin=str(file))
+        return importlib.util.spec_from_file_location(name, file)
+
+
+class _Known(Loader):
+    """Gives a module that was imported before, or is being imported."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self._spec = module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module."""
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run nothing; only take back the spec, which the import has replaced."""
+        module.__spec__ = self._spec
 
 
 @contextlib.contextmanager
@@ -177,7 +233,7 @@ def _import_errors_of(what: str) -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that is no module ends the process when imported
         raise RecipeError(f"cannot import {what}: {type(error).__name__}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from surgery.cli import app
+from surgery.errors import RecipeError
+from surgery.recipe import Source
+from surgery.sources import find_source
 
 CHAIN = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -204,3 +208,41 @@ def test_a_hub_id_that_cannot_be_reached_says_how_to_go_on(tmp_path: Path, monke
     assert done.exit_code == 2, done.output
     assert "nobody/nothing" in done.stderr
     assert "local" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "manifest", "said"),
+    [
+        (
+            ("decoder_model.onnx", "prefill.onnx"),
+            None,
+            "'decoder_model.onnx' and 'prefill.onnx' are both the 'prefill'",
+        ),
+        (("decoder_model.onnx",), {"prefill": "gone.onnx"}, "there is no 'gone.onnx', which bundle.json lists"),
+    ],
+)
+def test_a_folder_whose_files_do_not_add_up_is_refused(
+    tmp_path: Path, names: tuple[str, ...], manifest: dict[str, str] | None, said: str
+) -> None:
+    for name in names:
+        onnx.save(chain(), tmp_path / name)
+    if manifest is not None:
+        content = {"layout": "optimum", "models": manifest, "files": []}
+        (tmp_path / "bundle.json").write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match=said) as caught:
+        find_source(Source(path=str(tmp_path)), tmp_path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("models", [{"prefill": 3}, {"prefill": ""}, {"prefill": None}, {}])
+def test_a_manifest_that_makes_no_sense_is_no_manifest(tmp_path: Path, models: dict[str, object]) -> None:
+    onnx.save(chain(), tmp_path / "decoder_model.onnx")
+    (tmp_path / "bundle.json").write_text(json.dumps({"layout": "optimum", "models": models, "files": []}))
+    assert find_source(Source(path=str(tmp_path)), tmp_path).roles == ("prefill",)
+
+
+@pytest.mark.parametrize("path", ["model.onnx", "."])
+def test_an_opset_for_what_is_onnx_already_is_refused(tmp_path: Path, path: str) -> None:
+    saved(tmp_path)
+    with pytest.raises(RecipeError, match="opset is for Hugging Face models"):
+        find_source(Source(path=path, opset=18), tmp_path)

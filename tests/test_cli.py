@@ -360,3 +360,67 @@ def test_without_a_runtime_no_check_still_works(folder: Path) -> None:
     )
     assert unchecked.returncode == 0, unchecked.stderr
     assert isinstance(open_model(folder / "out" / "model.onnx"), ir.Model)
+
+
+def test_a_pass_that_leaves_the_process_is_a_failed_step(folder: Path, surgery: Run) -> None:
+    (folder / "mine.py").write_text(PASSES.replace('raise ValueError("something is off")', "raise SystemExit(0)"))
+    recipe(folder, "mine:Breaks")
+    done = surgery("run", "r.yaml", cwd=folder)
+    assert done.returncode == 1
+    assert "step 1 (mine:Breaks): raised SystemExit" in done.stderr
+
+
+def test_a_pass_that_returns_nothing_is_told_what_to_return(folder: Path, surgery: Run) -> None:
+    (folder / "mine.py").write_text(PASSES.replace('return Change(1, "wrote 1 note")', "return None"))
+    recipe(folder, "mine:Works")
+    done = surgery("run", "r.yaml", cwd=folder)
+    assert done.returncode == 1
+    assert "Works returned None, not a Change" in done.stderr
+
+
+def test_files_of_the_user_in_the_way_of_a_rescue_are_kept(folder: Path, surgery: Run) -> None:
+    (folder / "out.stopped").mkdir()
+    (folder / "out.stopped" / "model.onnx").write_text("precious")
+    recipe(folder, "mine:Breaks")
+    done = surgery("run", "r.yaml", cwd=folder)
+    assert "run out.stopped.again/recipe.yaml" in done.stderr
+    assert (folder / "out.stopped" / "model.onnx").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("check: {data: nowhere.npz}", "check.data: there is no file"),
+        ("check: {data: {modl: r.yaml}}", "check.data: the source has no model 'modl'; did you mean 'model'?"),
+        ("check: {prompts: [a]}", "check.prompts: they need the models 'prefill' and 'decode'"),
+    ],
+)
+def test_what_a_check_could_not_do_is_found_while_planning(folder: Path, surgery: Run, more: str, said: str) -> None:
+    recipe(folder, "dedup_weights", more=more + "\n")
+    done = surgery("plan", "r.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_model_named_twice_is_a_mistake(folder: Path, surgery: Run) -> None:
+    file = recipe(folder, "dedup_weights")
+    file.write_text(file.read_text().replace("['dedup_weights']", "[{pass: dedup_weights, models: [model, model]}]"))
+    done = surgery("plan", "r.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert "names the model 'model' twice" in done.stderr
+
+
+def test_an_overridable_weight_is_valid_and_left_alone(folder: Path, surgery: Run) -> None:
+    model = onnx.load(folder / "twins.onnx")
+    model.graph.input.append(onnx.helper.make_tensor_value_info("w2", onnx.TensorProto.FLOAT, [64, 64]))
+    onnx.save(model, folder / "twins.onnx")
+    done = surgery("run", "r.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout
+
+
+def test_a_run_without_an_output_says_that_nothing_is_saved(folder: Path, surgery: Run) -> None:
+    (folder / "r.yaml").write_text("source: twins.onnx\nsteps: [dedup_weights]\n")
+    done = surgery("run", "r.yaml", cwd=folder)
+    assert done.returncode == 0
+    assert "nothing is saved" in done.stdout

@@ -201,11 +201,12 @@ def _prompt_requests(interface: Interface, batches: Sequence[int], lengths: Sequ
 
 
 def _past_requests(interface: Interface, batches: Sequence[int], pasts: Sequence[int]) -> list[Request]:
-    """One row at each past; several rows, padded, at the middle one; several new tokens where the model takes them."""
+    """One row at each past; several rows where it leaves room for padding; several new tokens if they are taken."""
     if not pasts:
         return []
     length = interface.lengths((1,))[0]
-    middle = sorted(pasts)[len(pasts) // 2]
+    paddable = sorted(past for past in pasts if past > 1) or sorted(pasts)
+    middle = paddable[(len(paddable) - 1) // 2]
     requests = [Request(batches[0], length, past) for past in pasts]
     several = [batch for batch in batches if batch > 1]
     requests += [Request(batch, length, middle, is_padded=bool(interface.masks)) for batch in several]

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from polygraphy.comparator import Comparator
 
 from surgery.accuracy.compare import OutputComparison, OutputResult
-from surgery.accuracy.feeds import Sample
+from surgery.accuracy.feeds import Interface, Sample
 from surgery.accuracy.findings import Findings
 from surgery.accuracy.limits import Limits
 from surgery.accuracy.locate import first_differences
@@ -30,7 +30,7 @@ from surgery.accuracy.runners import (
 from surgery.accuracy.samples import Samples
 from surgery.accuracy.verdict import Verdict
 from surgery.bundle import Bundle
-from surgery.claims import AnyProgram, Claim, Program
+from surgery.claims import AnyProgram, Claim, HostLoop, Program
 from surgery.contract import Effect, Tolerance
 from surgery.errors import RecipeError, StepFailed, SurgeryError
 from surgery.options import did_you_mean
@@ -108,7 +108,7 @@ class Judge:
     def feeds(self, stage: Bundle, role: str) -> Iterator[Mapping[str, np.ndarray]]:
         """Yield samples of a model of a later bundle: those of the source, taken through the recipe's claims."""
         program = Program(role)
-        wanted = tuple(value.name or "" for value in stage[role].graph.inputs)
+        wanted = tuple(value.name or "" for value in Interface(stage[role]).inputs)
         for claim in self._ancestors(program):
             for sample in self._samples.of(claim.reference):
                 yield claim.feed(sample.arrays, wanted)
@@ -174,8 +174,21 @@ class Judge:
         return self._verdicts[key]
 
     def accept(self, claims: Sequence[Claim], effect: Effect, tolerance: Tolerance) -> None:
-        """Take a step as done: later steps are compared with what it made."""
-        self._lineage = [root.then(claim) for claim in claims for root in self._ancestors(claim.reference)]
+        """Take a step as done: later steps are compared with what it made.
+
+        What is known of a host loop outlives a step that claims each of its models to be the same.
+        """
+        composed = [root.then(claim) for claim in claims for root in self._ancestors(claim.reference)]
+        same = {role for claim in claims if claim.is_same for role in claim.candidate.roles}
+        claimed = {claim.candidate for claim in claims}
+        loops = [
+            root
+            for root in self._lineage
+            if isinstance(root.candidate, HostLoop)
+            and root.candidate not in claimed
+            and set(root.candidate.roles) <= same
+        ]
+        self._lineage = composed + loops
         if effect is Effect.CLOSE:
             self._drift = self._drift.plus(tolerance)
         self._verdicts.clear()

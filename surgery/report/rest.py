@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from surgery.recipe import Recipe
+from surgery.contract import RoleUse
+from surgery.recipe import Recipe, Step
 from surgery.registry import module_file
 
 
-def rest_of_recipe(recipe: Recipe, number: int) -> str:
+def rest_of_recipe(recipe: Recipe, number: int, present: Sequence[str]) -> str:
     """Return the recipe from a step on, as YAML; its source is the folder that it is put into.
 
     Analyses from before that step run again, since later steps may need what they found. References to files are made
     absolute.
+
+    Args:
+        recipe: The whole recipe.
+        number: The step.
+        present: The models that there are before that step; an analysis of one that is gone is left out.
     """
     from ruamel.yaml import YAML
 
     raw_steps = list(recipe.plain.get("steps", ()))
-    kept = [step for step in recipe.steps if step.number >= number or step.pass_.gives]
+    kept = [step for step in recipe.steps if step.number >= number or _can_run_again(step, present)]
     rest: dict[str, Any] = {
         "source": ".",
-        "steps": [_with_absolute_files(raw_steps[step.number - 1], recipe.folder) for step in kept],
+        "steps": [_with_absolute_files(raw_steps[step.number - 1], step, recipe.folder) for step in kept],
     }
     if "check" in recipe.plain:
         rest["check"] = _absolute_data(dict(recipe.plain["check"]), recipe.folder)
@@ -37,9 +44,15 @@ def rest_of_recipe(recipe: Recipe, number: int) -> str:
     return f"# The rest of {recipe.path}, from step {number} on.\n{stream.getvalue()}"
 
 
-def _with_absolute_files(raw: Any, folder: Path) -> Any:
+def _can_run_again(step: Step, present: Sequence[str]) -> bool:
+    return bool(step.pass_.gives) and set(step.pass_.roles(RoleUse.READS, present)) <= set(present)
+
+
+def _with_absolute_files(raw: Any, step: Step, folder: Path) -> Any:
     if isinstance(raw, str):
         return _absolute_reference(raw, folder)
+    paths = {name: str(value) for name, value in step.pass_ if isinstance(value, Path) and name in raw}
+    raw = {**raw, **paths}
     return {
         key: _absolute_reference(value, folder) if key in ("pass", "function") else value for key, value in raw.items()
     }

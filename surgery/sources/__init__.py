@@ -65,26 +65,36 @@ def find_source(source: Source, folder: Path) -> SourceKind:
         folder: What a relative path is relative to.
 
     Raises:
-        RecipeError: There is no such file or folder, or it holds no model.
+        RecipeError: There is no such file or folder, it holds no model, or an opset is asked of what is ONNX already.
     """
     from surgery.sources.files import OnnxFile, OnnxFolder
     from surgery.sources.pretrained import Pretrained
 
     path = folder / source.path
     if path.is_file():
+        _refuse_opset(source)
         return OnnxFile(path)
     if path.is_dir() and any(path.glob("*.onnx")):
+        _refuse_opset(source)
         return OnnxFolder.recognise(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(
             f"{path}: no model is in this folder",
             hint="give a .onnx file, a folder of .onnx files, or a Hugging Face folder with config.json and weights",
         )
-    if not path.is_dir() and _looks_like_a_path(source.path):
+    if not path.is_dir() and looks_like_a_path(source.path):
         raise RecipeError(f"{path}: no such file or folder")
     return Pretrained(str(path) if path.is_dir() else source.path, source.opset)
 
 
-def _looks_like_a_path(text: str) -> bool:
-    """A Hub id is `name` or `owner/name`, without a suffix of a file."""
+def _refuse_opset(source: Source) -> None:
+    if source.opset is not None:
+        raise RecipeError(
+            f"{source.path}: source.opset is for Hugging Face models, which are exported; this is ONNX already",
+            hint="leave source.opset out, or --set source.opset=null",
+        )
+
+
+def looks_like_a_path(text: str) -> bool:
+    """Tell a path from a Hub id, which is `name` or `owner/name` without a suffix of a file."""
     return text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith((".onnx", ".yaml", ".json"))

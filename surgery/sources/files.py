@@ -11,6 +11,7 @@ from surgery.errors import RecipeError
 from surgery.sources import Opened
 from surgery.sources.configs import read_json
 from surgery.storage import open_model, read_manifest, role_of_file
+from surgery.storage.naming import MANIFEST, Manifest
 
 COMPANIONS = (
     "*config.json",
@@ -52,13 +53,13 @@ class OnnxFolder:
         """Find the role of each .onnx file: by the manifest that a run left there, else by its name.
 
         Raises:
-            RecipeError: Several files, and the role of one cannot be told.
+            RecipeError: Several files, and the role of one cannot be told; two of one role; or a listed one is missing.
         """
         manifest = read_manifest(folder)
-        if manifest is not None:
-            return cls(folder, {role: folder / Path(name).name for role, name in manifest.models.items()})
+        if manifest is not None and manifest.models:
+            return cls(folder, _listed(folder, manifest))
         found = sorted(folder.glob("*.onnx"))
-        files = {role_of_file(file.name): file for file in found}
+        files = _by_role(folder, found)
         if len(found) == 1 and not set(files) <= set(ROLES):
             return cls(folder, {"model": found[0]})
         for role, file in files.items():
@@ -86,3 +87,28 @@ class OnnxFolder:
             companions,
         )
         return Opened(bundle, inputs=(self.folder,))
+
+
+def _listed(folder: Path, manifest: Manifest) -> dict[str, Path]:
+    """Return the files that a manifest lists, by role."""
+    files = {role: folder / Path(name).name for role, name in manifest.models.items()}
+    for role, file in files.items():
+        if not file.is_file():
+            raise RecipeError(
+                f"{folder}: there is no {file.name!r}, which {MANIFEST} lists as {role!r}",
+                hint=f"put the file back, or remove {MANIFEST} to go by the files' names",
+            )
+    return files
+
+
+def _by_role(folder: Path, found: list[Path]) -> dict[str, Path]:
+    """Return files by the roles that their names say."""
+    files: dict[str, Path] = {}
+    for file in found:
+        first = files.setdefault(role_of_file(file.name), file)
+        if first != file:
+            raise RecipeError(
+                f"{folder}: {first.name!r} and {file.name!r} are both the {role_of_file(file.name)!r} model",
+                hint="keep one of them in the folder",
+            )
+    return files

@@ -66,9 +66,10 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Return what the last save wrote into a folder, `None` if nothing (readable) says so."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
-        return Manifest(str(content["layout"]), dict(content["models"]), tuple(map(str, content["files"])))
+        manifest = Manifest(str(content["layout"]), dict(content["models"]), tuple(map(str, content["files"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return manifest if all(isinstance(name, str) and name for name in manifest.models.values()) else None
 
 
 def _version() -> str:

@@ -42,6 +42,8 @@ class Accuracy:
 
     def _judge_step(self, record: StepRecord) -> Verdict:
         is_same = record.before.identities() == record.after.identities()
+        if is_same and record.change.count:
+            record.warnings.append("says that it changed something, but the models are what they were")
         if is_same and all(claim.is_same for claim in record.claims):
             return Verdict(step=Gap(), source=self._drift)
         if record.change.count == 0:

@@ -27,6 +27,10 @@ class Ledger:
         """Start to measure."""
         self._meter.start()
 
+    def close(self) -> None:
+        """Stop measuring, after a step that stopped the run too."""
+        self._meter.stop()
+
     def stepped(self, record: StepRecord) -> None:
         """Keep and show the record."""
         record.peak_bytes = self._meter.stop()

@@ -64,11 +64,14 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
     content, _ = skeleton(model)
     proto = onnx.load_model_from_string(content)
     inline = []
+    overridable = {value.name for value in proto.graph.input}
     for tensor in proto.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             inline.append(tensor)
-            continue
-        proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+        elif tensor.name not in overridable:
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
     kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in inline]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)

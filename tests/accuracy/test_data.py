@@ -89,6 +89,7 @@ def test_strings_are_strings_however_numpy_holds_them(tmp_path: Path) -> None:
         ({"x": X[0]}, r"the input 'x' has shape \[4\], and the model takes \[n, 4\]"),
         ({"x": X[:, :3]}, r"the input 'x' has shape \[1, 3\], and the model takes \[n, 4\]"),
         ({"x": X[None]}, r"the input 'x' has shape \[1, 1, 4\]"),
+        ({"x": X[:0]}, r"the input 'x' is empty, of shape \[0, 4\]"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -144,6 +145,20 @@ def test_a_broken_file_is_an_error_of_the_recipe(tmp_path: Path, name: str, cont
 def test_a_missing_file_is_an_error_of_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no file"):
         load(tmp_path / "feeds.npz")
+
+
+def test_only_a_cache_may_be_empty(tmp_path: Path) -> None:
+    inputs = Interface(decoder_pair()["decode"]).inputs
+    feed = {}
+    for value in inputs:
+        assert value.shape is not None
+        assert value.dtype is not None
+        free = 0 if (value.name or "").startswith("past") else 1
+        shape = [size if isinstance(size, int) else free if axis == 2 else 1 for axis, size in enumerate(value.shape)]
+        feed[value.name or ""] = np.ones(shape, value.dtype.numpy())
+    assert any(array.size == 0 for array in feed.values())
+    np.savez(tmp_path / "feeds.npz", **feed)
+    assert len(load(tmp_path / "feeds.npz", decoder_pair(), "decode")) == 1
 
 
 def test_own_data_are_what_a_run_is_judged_on(tmp_path: Path) -> None:
