@@ -88,7 +88,8 @@ def run(
             _summarise(console, result)
             if recipe.output is not None:
                 start = time.perf_counter()
-                folder, files = save_result(result, recipe.output, recipe.folder)
+                with console.status("saving") as status:
+                    folder, files = save_result(result, recipe.output, recipe.folder, status.update)
                 _list_files(console, folder, files, time.perf_counter() - start)
             else:
                 console.print("\nnothing is saved: the recipe has no output; --out FOLDER gives it one")

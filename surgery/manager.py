@@ -207,6 +207,7 @@ class Manager:
             for watcher in self.watchers:
                 watcher.starting(step.number, step.word)
             record = StepRecord(step.number, step.word, bundle, bundle.clone())
+            self.progress(str(step))
             with _stopping(record, step):
                 facts = self._apply(step.pass_, record, facts)
                 self._watch(record)
@@ -217,6 +218,7 @@ class Manager:
 
     def _watch(self, record: StepRecord) -> None:
         for watcher in self.watchers:
+            self.progress(f"{record.name}: {type(watcher).__name__.lower()}")
             watcher.stepped(record)
 
     def _apply(self, pass_: Pass, record: StepRecord, facts: Facts) -> Facts:

@@ -19,6 +19,7 @@ from surgery.options import did_you_mean
 from surgery.recipe import Check, Output, Recipe, Source, Step, located
 from surgery.registry import find, word_of
 from surgery.sources import Given, SourceKind, find_source
+from surgery.units import in_bytes
 
 if TYPE_CHECKING:
     from surgery.accuracy.judge import Judge
@@ -37,17 +38,28 @@ class Result:
         bundle: The models; tensors that passes made may live in files of the run until they are saved.
         records: The ledger: line 0 is the source, then one for each step.
         answers: What the finished bundle said to the recipe's prompts.
+        source: What the run started from, as it was given.
+        check: How it was checked; None if it was not.
+        inputs: The files and folders that a save must not touch.
+        scratch: The folder of those files; it goes when this does.
     """
 
     bundle: Bundle
     records: list[StepRecord]
     answers: list[Answer] = field(default_factory=list)
     source: str = ""
+    check: Check | None = None
     inputs: tuple[Path, ...] = ()
     scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def save(
-        self, folder: str | Path, *, layout: str = "optimum", overwrite: bool = False, report: bool = True
+        self,
+        folder: str | Path,
+        *,
+        layout: str = "optimum",
+        overwrite: bool = False,
+        report: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[SavedFile]:
         """Write the models, what travels along, and `report.json` to a folder, all at once or not at all.
 
@@ -56,6 +68,7 @@ class Result:
             layout: `optimum`, `shared` or `single`, as in a recipe.
             overwrite: Replace what an earlier run has written there; files that are not ours stay.
             report: Write `report.json` too.
+            progress: Called with the bytes that are written and those that will be.
 
         Raises:
             OutputError: The folder is taken, is the source itself, or the disk is full.
@@ -74,6 +87,7 @@ class Result:
             extras=extras,
             overwrite=options.overwrite,
             protected=self.inputs,
+            progress=progress,
         )
 
     def table(self) -> str:
@@ -224,7 +238,8 @@ def run_recipe(
             snapshots.save(keep_steps)
         is_asked = is_checked and recipe.check.prompts
         answers = _ask(recipe.check, judge, opened.bundle, finished) if is_asked else []
-    return Result(finished, ledger.records, answers, recipe.source.path, opened.inputs, scratch)
+    check = recipe.check if is_checked else None
+    return Result(finished, ledger.records, answers, recipe.source.path, check, opened.inputs, scratch)
 
 
 def _ask(check: Check, judge: Judge, source: Bundle, finished: Bundle) -> list[Answer]:
@@ -273,14 +288,19 @@ def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path, inputs: Se
     return folder / "recipe.yaml"
 
 
-def save_result(result: Result, output: Output, folder: Path) -> tuple[Path, list[SavedFile]]:
-    """Save a result where the recipe says.
+def save_result(result: Result, output: Output, folder: Path, say: Say) -> tuple[Path, list[SavedFile]]:
+    """Save a result where the recipe says, and say how far it is.
 
     Raises:
         OutputError: As `Result.save`.
     """
     target = folder / output.folder
-    return target, result.save(target, layout=output.layout, overwrite=output.overwrite)
+
+    def progress(done: int, total: int) -> None:
+        say(f"saving {in_bytes(done)} of {in_bytes(total)}")
+
+    files = result.save(target, layout=output.layout, overwrite=output.overwrite, progress=progress)
+    return target, files
 
 
 def refuse_taken_output(recipe: Recipe) -> None:

@@ -128,6 +128,7 @@ def test_the_report_says_what_the_ledger_says(folder: Path, surgery: Run) -> Non
     assert step["verdict"]["source"]["exact"]
     assert step["verdict"]["outputs"]["model.y"]["max_error"] == 0
     assert report["versions"]["onnx"]
+    assert report["check"]["batches"] == [1, 3]
 
 
 def test_an_output_folder_is_not_replaced_unasked(folder: Path, surgery: Run) -> None:

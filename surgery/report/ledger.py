@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from surgery.contract import Effect
 from surgery.manager import StepRecord
 from surgery.units import in_bytes
 
@@ -90,6 +91,7 @@ def report_json(result: Result) -> str:
     content = {
         "source": result.source,
         "versions": dict(_versions()),
+        "check": result.check.model_dump(mode="json") if result.check else None,
         "steps": [_record_json(record) for record in result.records],
         "answers": [{"prompt": answer.prompt, "text": answer.text} for answer in result.answers],
     }
@@ -109,6 +111,7 @@ def _record_json(record: StepRecord) -> dict[str, Any]:
         "number": record.number,
         "pass": record.word,
         "effect": record.effect.value,
+        "tolerance": record.tolerance.model_dump() if record.effect is Effect.CLOSE else None,
         "models": list(record.after.models),
         "changes": record.change.count,
         "summary": record.change.summary,
