@@ -78,8 +78,16 @@ def graph_chunks(model: ir.Model, data: DataPlan | None, min_bytes: int) -> list
     return inline(proto.SerializeToString(), inside.__getitem__)
 
 
-def write_files(folder: Path, files: Sequence[Plan], progress: Progress | None) -> None:
-    """Write new files into a folder and wait until they are on disk."""
+def write_files(folder: Path, files: Sequence[Plan], progress: Progress | None, *, is_synced: bool) -> None:
+    """Write new files into a folder.
+
+    Args:
+        folder: Where to.
+        files: What to write.
+        progress: Called with bytes done and bytes in all.
+        is_synced: Wait until they are on disk. What replaces a model must be, or a power cut could take both; a new
+            model can only be lost together with the run that made it, and waiting takes longer than writing.
+    """
     total = sum(file.size for file in files)
     done = 0
 
@@ -98,7 +106,8 @@ def write_files(folder: Path, files: Sequence[Plan], progress: Progress | None) 
                 write_data(fd, file, on_bytes)
             else:
                 _write_chunks(fd, file.chunks, on_bytes)
-            os.fsync(fd)
+            if is_synced:
+                os.fsync(fd)
         finally:
             os.close(fd)
 

@@ -90,7 +90,7 @@ def save_models(
     old = read_manifest(target)
     with _write_errors(target, files), staging(target) as staged:
         _check_space(target.parent, files)
-        write_files(staged, files, progress)
+        write_files(staged, files, progress, is_synced=target.exists())
         publish_folder(staged, target, old.files if old else ())
     return [SavedFile(file.name, file.size) for file in files]
 
@@ -121,11 +121,12 @@ def save_model(
         _check_file(target.parent / file.name, overwrite, protected)
     with _write_errors(target, files), staging(target, keep_stale=True) as staged:
         _check_space(target.parent, files)
-        write_files(staged, files, progress)
-        if data and (target.exists() or (target.parent / data[0].name).exists()):
+        replaces = any((target.parent / file.name).exists() for file in files)
+        write_files(staged, files, progress, is_synced=replaces)
+        if data and replaces:
             location = f"{staged.name}/{data[0].name}"
             _, (interim,) = _plan({"model": model}, {"model": "interim.onnx"}, layout, min_bytes, location)
-            write_files(staged, [interim], None)
+            write_files(staged, [interim], None, is_synced=True)
             finals = target, target.parent / data[0].name
             publish_model(staged / graph.name, finals[0], staged / data[0].name, finals[1], staged / interim.name)
         else:
