@@ -100,9 +100,9 @@ def test_a_merged_model_is_fed_through_its_claims_and_followed_to_the_source() -
     for record in result.records[1:]:
         assert record.verdict is not None
         assert str(record.verdict.step) == str(record.verdict.source) == "exact"
-    coverage = result.records[1].verdict.coverage["decoder"]  # type: ignore[union-attr]
-    assert coverage.samples == 10
-    assert {"0", "1", "7", "99"} <= coverage.traits["past"]
+    coverage = result.records[3].verdict.coverage  # type: ignore[union-attr]
+    assert set(coverage) == {"decoder as prefill", "decoder as decode"}
+    assert {"0", "1", "7", "99"} <= coverage["decoder as decode"].traits["past"]
     assert "shared" in result.records[2].change.summary
 
 
@@ -116,7 +116,11 @@ def test_a_model_that_a_pass_does_not_speak_of_is_still_checked() -> None:
     bundle.models["model"] = generic()["model"]
     result = Pipeline([Merge(), WriteNote()]).run(bundle)
     assert set(result.bundle.models) == {"model", "decoder"}
-    assert set(result.records[1].verdict.coverage) == {"model", "decoder"}  # type: ignore[union-attr]
+    assert set(result.records[1].verdict.coverage) == {  # type: ignore[union-attr]
+        "model",
+        "decoder as prefill",
+        "decoder as decode",
+    }
 
 
 def test_what_is_known_of_a_host_loop_outlives_steps_that_do_not_speak_of_it() -> None:

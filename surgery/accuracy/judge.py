@@ -76,6 +76,11 @@ class _Cut:
     tolerance: Tolerance
 
 
+def _label(reference: AnyProgram, candidate: AnyProgram) -> str:
+    """Return the name of a candidate; of one that came of another program of the source, with that program's."""
+    return str(candidate) if candidate == reference else f"{candidate} as {reference}"
+
+
 class Judge:
     """Compares bundles of one run with each other and with the source.
 
@@ -232,7 +237,7 @@ class Judge:
             drift = OutputComparison(whole, cut.drift)
             entrants, pairs, last_step = [first, middle, last], {(1, 2): step, (0, 2): drift}, (1, 2)
         samples = self._samples.of(root.reference)
-        found = Findings(str(claim.candidate))
+        found = Findings(_label(root.reference, claim.candidate))
         for sample, results in self._compare(entrants, samples, pairs):
             found.add_step(sample, results[last_step])
             found.add_drift(sample, results[0, len(entrants) - 1], is_judged=not is_first)

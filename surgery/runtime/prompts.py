@@ -37,14 +37,14 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
 
     Raises:
         Refused: The bundle has no models that can generate.
-        RecipeError: It has no tokenizer.
+        RecipeError: It has no tokenizer, or one that cannot read a prompt.
     """
     roles = [role for role in ("encoder", "prefill", "decode") if role in bundle.models]
     if "prefill" not in roles or "decode" not in roles:
         raise Refused(f"prompts need the models 'prefill' and 'decode'; there is {sorted(bundle.models)}")
     tokenizer = load_tokenizer(bundle)
     config = {**bundle.config, **bundle.generation_config}
-    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    rows = [_encode(tokenizer, prompt) for prompt in prompts]
     ids, mask = left_padded(rows, config.get("pad_token_id") or 0)
     models: dict[str, Callee] = {role: _callee(bundle[role], run) for role in roles}
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(max_new_tokens)}
@@ -53,6 +53,16 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
         Answer(prompt, tokenizer.decode(row.tolist(), skip_special_tokens=True), tuple(row.tolist()))
         for prompt, row in zip(prompts, sequences, strict=True)
     ]
+
+
+def _encode(tokenizer: Any, prompt: str) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(prompt).ids
+    except Exception as error:  # the library raises nothing more specific
+        raise RecipeError(f"check.prompts: the tokenizer cannot read {prompt!r}: {error}") from error
+    if not ids:
+        raise RecipeError(f"check.prompts: {prompt!r} has no tokens")
+    return ids
 
 
 def _callee(model: ir.Model, run: Run) -> Callee:

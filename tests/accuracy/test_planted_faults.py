@@ -512,7 +512,7 @@ def test_a_made_model_is_judged_by_what_it_was_made_of_in_later_steps_too() -> N
     wrong = plant(
         "scale_one", rework("y", lambda emit, value, _: emit("Mul", value, np.array(2, np.float32))), role="copy"
     )
-    with pytest.raises(Stopped, match=r"step 2 \(scale_one\): copy: output 'y' is off by"):
+    with pytest.raises(Stopped, match=r"step 2 \(scale_one\): copy as model: output 'y' is off by"):
         Pipeline([MakeCopy(claimed=("copy",)), wrong]).run(generic())
 
 

@@ -332,13 +332,17 @@ def test_a_claim_of_one_branch_alone_is_covered_by_its_own_samples() -> None:
     claims = [from_prefill, Claim(Program("decode"), Program("decoder"))]
     verdict = judged(claims, pair, merged, Effect.CLOSE, (1,))
     assert verdict.is_accurate
-    assert str(verdict.coverage["decoder"]) == ("8 samples: batch 1; length 1, 2, 7, 100; padding no; past 0, 1, 7, 99")
+    covered = {name: str(coverage) for name, coverage in verdict.coverage.items()}
+    assert covered == {
+        "decoder as prefill": "4 samples: batch 1; length 1, 2, 7, 100; padding no",
+        "decoder as decode": "4 samples: batch 1; padding no; past 0, 1, 7, 99",
+    }
     wrong = merged.clone()
     where(
         lambda emit, inputs: emit("Less", emit("Shape", inputs["past_key_values.0.key"], start=2, end=3), np.array([1]))
     )(wrong["decoder"])
     failed = judged(claims, pair, wrong, Effect.CLOSE, (1,))
-    assert failed.failures[0].program == "decoder"
+    assert failed.failures[0].program == "decoder as prefill"
     assert failed.failures[0].output == "logits"
 
 
