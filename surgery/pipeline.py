@@ -260,7 +260,7 @@ def _ask(check: Check, judge: Judge, source: Bundle, finished: Bundle) -> list[A
     return asked
 
 
-def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path, inputs: Sequence[Path] = ()) -> Path:
+def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path) -> Path:
     """Save the input of a step that failed and the rest of the recipe, so that one command runs it again.
 
     Args:
@@ -268,7 +268,6 @@ def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path, inputs: Se
         number: The step at which it stopped.
         bundle: What that step was given.
         folder: Where to save; an earlier rescue there is replaced.
-        inputs: What must not be written to.
 
     Returns:
         The saved recipe.
@@ -276,6 +275,7 @@ def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path, inputs: Se
     from surgery.report.rest import rest_of_recipe
     from surgery.storage import save_models
 
+    source = recipe.folder / recipe.source.path
     text = rest_of_recipe(recipe, number, tuple(bundle.models))
     save_models(
         bundle.models,
@@ -283,7 +283,7 @@ def rescue(recipe: Recipe, number: int, bundle: Bundle, folder: Path, inputs: Se
         layout="shared",
         extras={**bundle.files, "recipe.yaml": text.encode()},
         overwrite=True,
-        protected=tuple(inputs),
+        protected=[source] if source.exists() else [],
     )
     return folder / "recipe.yaml"
 
