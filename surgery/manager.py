@@ -15,6 +15,7 @@ from surgery.contract import Change, Context, Effect, Pass, RoleUse, Tolerance
 from surgery.errors import RecipeError, StepFailed, SurgeryError
 from surgery.facts import Fact, Facts
 from surgery.options import did_you_mean
+from surgery.provenance import stamp
 from surgery.recipe import Check, Step
 from surgery.registry import givers
 
@@ -231,6 +232,8 @@ class Manager:
         record.seconds = time.perf_counter() - start
         record.judged = self.judge.calls - calls
         record.change = outcome.change
+        if record.change.count:
+            stamp(record.before.models, record.after.models, f"{record.word} (step {record.number})")
         record.claims = all_claims(pass_, record.before, record.after)
         if not tuple(facts) and not outcome.facts:
             return facts

@@ -10,6 +10,7 @@ import onnx
 from onnx.defs import SchemaError, get_schema
 from onnx.helper import OP_SET_ID_VERSION_MAP
 
+from surgery.provenance import STAMPS
 from surgery.storage.protos import subgraphs_of
 
 # ONNX Runtime guarantees opset 7 and later; going lower gains nothing.
@@ -128,7 +129,7 @@ def _ir_of_graph(graph: onnx.GraphProto) -> int:
 
 
 def _ir_of_node(node: onnx.NodeProto) -> int:
-    needed = [3, 10 if node.overload or node.metadata_props else 3, 11 if node.device_configurations else 3]
+    needed = [3, 10 if node.overload or _has_metadata(node) else 3, 11 if node.device_configurations else 3]
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.TENSOR:
             needed.append(_ir_of_tensor(attribute.t))
@@ -139,6 +140,11 @@ def _ir_of_node(node: onnx.NodeProto) -> int:
         elif attribute.type in (onnx.AttributeProto.TYPE_PROTO, onnx.AttributeProto.TYPE_PROTOS):
             needed.append(8)
     return max(needed)
+
+
+def _has_metadata(node: onnx.NodeProto) -> bool:
+    """Is there metadata but our own stamps? Readers of an older IR version skip those, as protobuf has it."""
+    return any(entry.key not in STAMPS for entry in node.metadata_props)
 
 
 def _ir_of_tensor(tensor: onnx.TensorProto) -> int:
