@@ -1,310 +1,21 @@
-"""Runs a plain onnx_graphsurgeon function on a model: weights stay on disk until looked at, and nothing is lost."""
+"""Makes a model of a graphsurgeon graph; what the function left alone comes from the object that it was."""
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
-from onnx_graphsurgeon.logger import G_LOGGER
 
 from surgery.errors import Refused
-from surgery.irpass import move_into
-from surgery.storage.hollow import Stub, hollow
-
-Function = Callable[[gs.Graph], gs.Graph | None]
-Part = TypeVar("Part")
-Body = ir.Graph | ir.Function
-Scopes = ChainMap[str, ir.Value]
+from surgery.graphsurgeon.origins import Body, GraphSaid, Origins, data_type, description, initializers_of, node_key
+from surgery.graphsurgeon.weights import Weight
 
 LISTS = (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS)
-TELLABLE = {
-    onnx.AttributeProto.FLOAT,
-    onnx.AttributeProto.INT,
-    onnx.AttributeProto.STRING,
-    onnx.AttributeProto.TENSOR,
-    onnx.AttributeProto.GRAPH,
-    onnx.AttributeProto.FLOATS,
-    onnx.AttributeProto.INTS,
-    onnx.AttributeProto.STRINGS,
-}
-"""The types of attributes that graphsurgeon can represent."""
-
-
-def apply(function: Function, model: ir.Model) -> bool:
-    """Let a function edit a model in place.
-
-    graphsurgeon's own importer makes the graph that the function sees. Its exporter is not used: 0.6.1 copies captured
-    weights into every branch, drops unused and overridable initializers, metadata, overloads and types of values, and
-    cannot write 4-bit constants, empty lists or optional values. The model is rebuilt from the graph instead, and what
-    the function left alone comes from the object that it was.
-
-    Args:
-        function: Takes a graphsurgeon graph; edits it in place, or returns another.
-        model: Left as it is when the function changes nothing, raises or is refused.
-
-    Returns:
-        Whether anything changed; another order of the same nodes is no change.
-
-    Raises:
-        Refused: The function returned something else than a graph, or left one that cannot be a model.
-    """
-    origins = _Origins(model)
-    graph = _import(model)
-    origins.link_model(graph)
-    origins.hand_out_weights()
-    returned = function(graph)
-    returned = graph if returned is None else returned
-    if not isinstance(returned, gs.Graph) or isinstance(returned, gs.Function):
-        raise Refused(f"the function returned {type(returned).__name__}, not a graphsurgeon Graph or None")
-    if returned is not graph:
-        origins.link_model(returned)
-    rebuilt = _Rebuilder(origins).model(returned)
-    if _said(rebuilt) == _said(model):
-        return False
-    move_into(rebuilt, model)
-    return True
-
-
-def _import(model: ir.Model) -> gs.Graph:
-    bodies: tuple[Body, ...] = (model.graph, *model.functions.values())
-    for body in bodies:
-        _refuse_hidden_names(body, frozenset())
-    proto = hollow(model, lambda weight: Stub("held by surgery"), min_bytes=1)
-    _strip_nodes(proto.graph.node)
-    for function in proto.functions:
-        _strip(function.attribute_proto)
-        _strip_nodes(function.node)
-    # Its warnings say what it cannot represent, all of which is restored.
-    with G_LOGGER.suppress(G_LOGGER.CRITICAL):
-        graph = gs.import_onnx(proto)
-    for one in (graph, *graph.functions):
-        _narrow_floats(one)
-    return graph
-
-
-def _narrow_floats(graph: gs.Graph) -> None:
-    """Keep the floats of `Constant` nodes in single precision: fold_constants (0.6.1) makes double weights of them."""
-    for body in (graph, *graph.subgraphs(recursive=True)):
-        for node in body.nodes:
-            for name in {"value_float", "value_floats"}.intersection(node.attrs):
-                value = node.attrs[name]
-                if isinstance(value, float):
-                    node.attrs[name] = np.float32(value)
-                elif isinstance(value, list):
-                    node.attrs[name] = [np.float32(one) for one in value]
-
-
-def _refuse_hidden_names(body: Body, visible: frozenset[str]) -> None:
-    """Refuse an initializer that bears the name of an outer value: graphsurgeon would take the outer one for it."""
-    for name in _initializers_of(body):
-        if name in visible:
-            raise Refused(
-                f"initializer {name!r} of {body.name!r} hides another value of that name outside it, and graphsurgeon "
-                "would mix them up",
-                hint="pass: onnx_ir.passes.common:NameFixPass before this step",
-            )
-    known = visible.union(_values_of(body))
-    for node in body:
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-                _refuse_hidden_names(attribute.as_graph(), known)
-
-
-def _strip_nodes(nodes: Sequence[onnx.NodeProto]) -> None:
-    for node in nodes:
-        _strip(node.attribute)
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _strip_nodes(attribute.g.node)
-
-
-def _strip(attributes: Any) -> None:
-    """Drop what graphsurgeon warns about and skips, or fails to decode; it is restored from the model."""
-    for index in reversed(range(len(attributes))):
-        if not _is_tellable(attributes[index]):
-            del attributes[index]
-
-
-def _is_tellable(attribute: onnx.AttributeProto) -> bool:
-    try:
-        attribute.s.decode()
-    except UnicodeDecodeError:
-        return False
-    return attribute.type in TELLABLE
-
-
-class _Weight(LazyValues):  # type: ignore[misc]
-    """What a constant holds until somebody asks for its values.
-
-    graphsurgeon's own loader resolves external data against the current directory.
-    """
-
-    def __init__(self, original: ir.TensorProtocol, told: LazyValues) -> None:
-        self.original = original
-        self.shape = list(original.shape.numpy())
-        self.dtype = told.dtype
-        self.nbytes = told.nbytes
-
-    @property
-    def tensor(self) -> onnx.TensorProto:
-        """The weight with its bytes: what graphsurgeon exports when it folds constants."""
-        return ir.serde.serialize_tensor(self.original)
-
-    def load(self) -> np.ndarray:
-        """Return a copy of the values, which the function may write to."""
-        if self.original.dtype == ir.DataType.STRING:
-            return np.array(onnx.numpy_helper.to_array(self.tensor))
-        return np.array(self.original.numpy())
-
-
-@dataclass(frozen=True)
-class _GraphSaid:
-    """What a graphsurgeon graph says besides its nodes."""
-
-    name: str
-    doc_string: str
-    opset: int
-    imports: Mapping[str, int]
-    ir_version: int | None
-    producer: tuple[str, str]
-
-    @classmethod
-    def of(cls, graph: gs.Graph) -> _GraphSaid:
-        imports = {"": graph.opset}
-        if graph.import_domains is not None:
-            imports = {"" if one.domain == "ai.onnx" else one.domain: one.version for one in graph.import_domains}
-        producer = ("", "") if isinstance(graph, gs.Function) else (graph.producer_name, graph.producer_version)
-        return cls(graph.name, graph.doc_string, graph.opset, imports, graph.ir_version, producer)
-
-
-class _Origins:
-    """Which part of the model each object of a graphsurgeon graph stands for, and what was told about it."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
-        # The objects are held along with their parts, so that no id is given again.
-        self._parts: dict[int, tuple[Any, Any]] = {}
-        self._told: dict[int, Any] = {}
-
-    def part(self, thing: Any, kind: type[Part]) -> Part | None:
-        """Return the part that an object stands for, None for a new one."""
-        _, part = self._parts.get(id(thing), (None, None))
-        return part if isinstance(part, kind) else None
-
-    def body(self, graph: gs.Graph) -> Body | None:
-        """Return the graph or function that a graphsurgeon graph stands for."""
-        # A graph without nodes is false.
-        function = self.part(graph, ir.Function)
-        return function if function is not None else self.part(graph, ir.Graph)
-
-    def told(self, part: Any) -> Any:
-        """Return what graphsurgeon was told about a part, before the function ran."""
-        return self._told.get(id(part))
-
-    def tensor(self, constant: gs.Constant) -> ir.TensorProtocol | None:
-        """Return the tensor that a constant was."""
-        _, part = self._parts.get(id(constant), (None, None))
-        return part.const_value if isinstance(part, ir.Value) else part
-
-    def hand_out_weights(self) -> None:
-        """Give every constant its weight, in place of the placeholder that was imported."""
-        for thing, _ in self._parts.values():
-            if isinstance(thing, gs.Constant):
-                original = self.tensor(thing)
-                assert original is not None
-                # Its getter would load the placeholder.
-                thing.values = _Weight(original, thing._values)
-                thing.data_location = None
-
-    def link_model(self, graph: gs.Graph) -> None:
-        """Link a graph to the model by names, which are unique within a scope: as imported, or a copy of that."""
-        self.link_graph(graph, self.model.graph, ChainMap())
-        # Overloads share a name, and graphsurgeon does not know them: they are told apart by order.
-        left = list(self.model.functions.values())
-        for function in graph.functions:
-            part = next((one for one in left if (one.domain, one.name) == function.unique_id), None)
-            if part is not None:
-                left.remove(part)
-                self.link_graph(function, part, ChainMap())
-
-    def link_graph(self, graph: gs.Graph, part: Body, outer: Scopes) -> None:
-        self._link(graph, part, _GraphSaid.of(graph))
-        if isinstance(part, ir.Function):
-            self._told.setdefault(id(part.attributes), _snapshot(graph.attrs))
-            self.link_attributes(graph.attrs, part.attributes, ChainMap())
-        visible = outer.new_child(_values_of(part))
-        self.link_tensors((*graph.inputs, *graph.outputs), visible)
-        nodes = {_node_key(node.domain, node.op_type, node.outputs): node for node in part}
-        for node in graph.nodes:
-            self.link_tensors((*node.inputs, *node.outputs), visible)
-            origin = nodes.get(_node_key(node.domain, node.op, node.outputs))
-            if origin is not None:
-                self._link(node, origin, None)
-                self._told.setdefault(id(origin.attributes), _snapshot(node.attrs))
-                self.link_attributes(node.attrs, origin.attributes, visible)
-
-    def link_tensors(self, tensors: Sequence[gs.Tensor], visible: Scopes) -> None:
-        for tensor in tensors:
-            if tensor.name in visible:
-                self._link(tensor, visible[tensor.name], _description(tensor))
-
-    def link_attributes(self, values: Mapping[str, Any], parts: Mapping[str, ir.Attr], visible: Scopes) -> None:
-        for name, value in values.items():
-            if isinstance(value, gs.Graph) and name in parts:
-                self.link_graph(value, parts[name].as_graph(), visible)
-            elif isinstance(value, gs.Constant) and name in parts:
-                self._link(value, parts[name].as_tensor(), None)
-
-    def _link(self, thing: Any, part: Any, said: Any) -> None:
-        """Link once: what the function was given keeps its origin, whatever it is called now."""
-        self._parts.setdefault(id(thing), (thing, part))
-        self._told.setdefault(id(part), said)
-
-
-def _values_of(body: Body) -> dict[str, ir.Value]:
-    """Return the values of a graph, without those around it or in its subgraphs, by name."""
-    given = (*body.inputs, *(value for node in body for value in node.outputs), *body.outputs)
-    return {**{value.name: value for value in given if value.name}, **_initializers_of(body)}
-
-
-def _initializers_of(body: Body | None) -> Mapping[str, ir.Value]:
-    return body.initializers if isinstance(body, ir.Graph) else {}
-
-
-def _node_key(domain: str | None, op_type: str, outputs: Sequence[Any]) -> tuple[str, ...]:
-    names = [output.name or "" for output in outputs]
-    while names and not names[-1]:
-        names.pop()
-    return ("" if domain in (None, "ai.onnx") else str(domain), op_type, *names)
-
-
-def _snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, list) else value for name, value in attributes.items()}
-
-
-def _description(tensor: gs.Tensor) -> tuple[ir.DataType | None, list[Any] | None] | None:
-    """Return the type and shape of a variable, in a form that does not change with it; nothing of a constant."""
-    if isinstance(tensor, gs.Constant):
-        return None
-    return _data_type(tensor.dtype), None if tensor.shape is None else list(tensor.shape)
-
-
-def _data_type(dtype: Any) -> ir.DataType | None:
-    if dtype is None or isinstance(dtype, int):
-        return ir.DataType(dtype) if dtype else None
-    try:
-        numpy_type = np.dtype(dtype)
-    except TypeError:  # of optional values and maps, graphsurgeon keeps a TypeProto
-        return None
-    return ir.DataType.STRING if numpy_type.kind in "OUS" else ir.DataType.from_numpy(numpy_type)
 
 
 class _Scope:
@@ -331,17 +42,17 @@ class _Scope:
         return value
 
 
-class _Rebuilder:
+class Rebuilder:
     """Makes a model of a graphsurgeon graph; what the function left alone is taken from where it came from."""
 
-    def __init__(self, origins: _Origins) -> None:
+    def __init__(self, origins: Origins) -> None:
         self.origins = origins
         self.values: dict[int, ir.Value] = {}  # by the id of the value that they stand for
         self.tensors: dict[int, ir.TensorProtocol] = {}  # by the id of the constant
 
     def model(self, graph: gs.Graph) -> ir.Model:
         model = self.origins.model
-        told: _GraphSaid = self.origins.told(model.graph)
+        told: GraphSaid = self.origins.told(model.graph)
         # Graph.copy() (0.6.1) forgets it.
         is_same_producer = (graph.producer_name, graph.producer_version) in (told.producer, ("", ""))
         made = ir.Model(
@@ -373,7 +84,7 @@ class _Rebuilder:
     def opsets(self, graph: gs.Graph, made: ir.Graph) -> dict[str, int]:
         """Return the opsets as they were, or as the function asked for, one way or the other."""
         part = self.origins.body(graph)
-        said, told = _GraphSaid.of(graph), self.origins.told(part)
+        said, told = GraphSaid.of(graph), self.origins.told(part)
         if part is None:
             imports = dict(said.imports)
         else:
@@ -409,7 +120,7 @@ class _Rebuilder:
         constants = {id(constant): constant for constant in self.constants_of(graph, part)}
         by_origin = {id(self.origins.part(constant, ir.Value)): constant for constant in constants.values()}
         made: list[ir.Value] = []
-        for value in _initializers_of(part).values():
+        for value in initializers_of(part).values():
             constant = by_origin.get(id(value))
             if constant is not None:
                 made += self.initializer(constants.pop(id(constant)), scope)
@@ -452,7 +163,7 @@ class _Rebuilder:
 
     def node(self, node: gs.Node, scope: _Scope) -> ir.Node:
         part = self.origins.part(node, ir.Node)
-        if part is not None and (part.domain, part.op_type) != _node_key(node.domain, node.op, ())[:2]:
+        if part is not None and (part.domain, part.op_type) != node_key(node.domain, node.op, ())[:2]:
             part = None
         made = ir.Node(
             node.domain or "",
@@ -493,7 +204,7 @@ class _Rebuilder:
             made.const_value = self.tensor(tensor)
             is_untouched = part is not None and part.const_value is made.const_value
         else:
-            is_untouched = part is not None and self.origins.told(part) == _description(tensor)
+            is_untouched = part is not None and self.origins.told(part) == description(tensor)
         if is_untouched:
             assert part is not None
             made.type, made.shape = part.type, part.shape.copy() if part.shape is not None else None
@@ -517,10 +228,10 @@ class _Rebuilder:
     def new_tensor(self, constant: gs.Constant) -> ir.TensorProtocol:
         # The public getter loads.
         values = constant._values
-        if isinstance(values, _Weight):
+        if isinstance(values, Weight):
             return values.original
         array = np.asarray(values.load() if isinstance(values, LazyValues) else values)
-        wanted = _data_type(constant.export_dtype)
+        wanted = data_type(constant.export_dtype)
         if wanted is not None and array.dtype == np.float32:
             array = array.astype(wanted.numpy(), copy=False)
         original = self.origins.tensor(constant)
@@ -591,7 +302,7 @@ def _describe(made: Any, part: ir.Node | ir.Value | None) -> None:
     made.meta.update(part.meta)
 
 
-def _describe_graph(made: ir.Graph, graph: gs.Graph, part: Body | None, told: _GraphSaid | None) -> None:
+def _describe_graph(made: ir.Graph, graph: gs.Graph, part: Body | None, told: GraphSaid | None) -> None:
     made.name, made.doc_string = graph.name, graph.doc_string
     if part is None or told is None:
         return
@@ -607,7 +318,7 @@ def _type_and_shape(
 ) -> tuple[ir.TypeProtocol | None, ir.Shape | None]:
     if const_value is not None:
         return ir.TensorType(const_value.dtype), ir.Shape(const_value.shape.numpy())
-    dtype = _data_type(tensor.dtype)
+    dtype = data_type(tensor.dtype)
     if dtype is None:
         return None, None
     made: ir.TypeProtocol = ir.SparseTensorType(dtype) if tensor.type == "sparse_tensor_type" else ir.TensorType(dtype)
@@ -624,7 +335,7 @@ def _dimension(dimension: Any) -> int | str | None:
 
 def _are_equal(tensor: ir.TensorProtocol, array: np.ndarray) -> bool:
     """Say whether a tensor has exactly this type, shape and bytes."""
-    if tensor.dtype != _data_type(array.dtype) or tuple(tensor.shape.numpy()) != array.shape:
+    if tensor.dtype != data_type(array.dtype) or tuple(tensor.shape.numpy()) != array.shape:
         return False
     if tensor.dtype == ir.DataType.STRING:
         return _texts(array) == _texts(tensor.numpy())
@@ -649,35 +360,3 @@ def _is_among(value: ir.Value | None, values: Sequence[ir.Value]) -> bool:
 
 def _title(node: gs.Node) -> str:
     return f"node {node.name!r}" if node.name else f"a {node.op} node"
-
-
-def _said(model: ir.Model) -> bytes:
-    """Return all that a model says, whatever the order of its nodes: a mere toposort() changes nothing.
-
-    Tensors count as the objects that they are, so it compares two models of one moment only.
-    """
-    proto = hollow(model, lambda weight: Stub(str(id(weight.tensor))), min_bytes=1)
-    _sort(proto.graph)
-    for function in proto.functions:
-        _sort_nodes(function.node)
-        _sort_messages(function.value_info)
-    _sort_messages(proto.functions)
-    return bytes(proto.SerializeToString(deterministic=True))
-
-
-def _sort(graph: onnx.GraphProto) -> None:
-    _sort_nodes(graph.node)
-    _sort_messages(graph.value_info)
-    _sort_messages(graph.quantization_annotation)
-
-
-def _sort_nodes(nodes: Any) -> None:
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _sort(attribute.g)
-    _sort_messages(nodes)
-
-
-def _sort_messages(messages: Any) -> None:
-    messages.sort(key=lambda message: message.SerializeToString(deterministic=True))
