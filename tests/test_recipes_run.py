@@ -8,15 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-ANSWERS = {"adder": ["27+58= -> 85", "9+94= -> 103"], "sorter": ["3142 -> 1234", "9071 -> 0179"]}
-ROLES = {"adder": ["prefill", "decode"], "sorter": ["encoder", "prefill", "decode"]}
+ANSWERS = {
+    "adder": ["27+58= -> 85", "9+94= -> 103"],
+    "sorter": ["3142 -> 1234", "9071 -> 0179"],
+    "reverser": ["stressed= -> desserts", "abca= -> acba"],
+}
+ROLES = {
+    "adder": ["prefill", "decode"],
+    "sorter": ["encoder", "prefill", "decode"],
+    "reverser": ["prefill", "decode"],
+}
 
 
-@pytest.fixture(scope="module", params=["adder", "sorter"])
+@pytest.fixture(scope="module", params=list(ANSWERS))
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """A recipe that ran, the folder that it wrote, and what it printed."""
     import sys
@@ -66,3 +75,30 @@ def test_what_was_saved_is_a_source_again(finished: tuple[str, Path, str], tmp_p
     assert "step 1 dedup_weights: exact; nothing to do" in done.stdout
     assert (tmp_path / "again" / "decoder_with_past_model.onnx_data").is_file()
     assert (tmp_path / "again" / "tokenizer.json").is_file()
+
+
+def test_the_classifier_labels_pairs_of_numbers(tmp_path: Path, surgery: Run) -> None:
+    import numpy as np
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+    done = surgery("run", ROOT / "recipes" / "comparer.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    (source, _) = json.loads((tmp_path / "out" / "report.json").read_text())["steps"]
+    assert source["models"] == ["model"]
+    assert 0 < source["verdict"]["step"]["max_error"] < 1e-4
+
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    rows = tokenizer.encode_batch([("27", "58"), ("4321", "4312"), ("7", "7"), ("999", "1000")])
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(
+        ["logits"],
+        {
+            "input_ids": np.array([row.ids for row in rows]),
+            "attention_mask": np.array([row.attention_mask for row in rows]),
+            "token_type_ids": np.array([row.type_ids for row in rows]),
+        },
+    )
+    labels = json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]
+    assert [labels[str(index)] for index in logits.argmax(-1)] == ["less", "greater", "equal", "less"]
