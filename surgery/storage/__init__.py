@@ -17,7 +17,7 @@ from surgery.storage.region import ByteReader, DataFile, Place, Region, bytes_re
 from surgery.storage.saving import Layout, SavedFile, save_model, save_models
 from surgery.storage.skeleton import skeleton
 from surgery.storage.structure import check_structure, find_disorder
-from surgery.storage.twins import find_twins
+from surgery.storage.twins import find_transposed, find_twins
 from surgery.storage.versions import lower
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "data_file_of",
     "file_of_role",
     "find_disorder",
+    "find_transposed",
     "find_twins",
     "fingerprint",
     "identity",

@@ -14,6 +14,8 @@ from surgery.text import pictures_of
 # The options that a picture needs, where the defaults do not do.
 OPTIONS: dict[str, dict[str, Any]] = {
     "dedup_weights": {"min_bytes": 1},
+    "tie_transposed": {"min_bytes": 1},
+    "rename_io": {"names": {"ids": "input_ids", "*_out": "present_*"}, "integers": "int32"},
 }
 PICTURES = {word: pictures_of(find(word, Path()).__doc__ or "") for word in words()}
 
