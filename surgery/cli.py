@@ -1,4 +1,4 @@
-"""The command line: run, plan, passes, schema."""
+"""The command line: run, plan, passes, inspect, view, schema."""
 
 from __future__ import annotations
 
@@ -148,7 +148,50 @@ def passes(
         if name is None:
             console.print(list_passes())
         else:
-            console.print(pass_page(name, registry.find(name, Path.cwd())), highlight=False)
+            console.print(pass_page(name, registry.find(name, Path.cwd())), markup=False)
+
+
+@app.command()
+def inspect(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL|FOLDER...", help="Models, or folders of them: an export, what a run wrote."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Compare all bytes of weights that may be equal, not only samples.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what models are and hold, and what the installed ONNX Runtime would refuse."""
+    from surgery.report.inspection import inspect_paths, print_inspection
+
+    console = _console()
+    with _errors_said(console, debug):
+        with console.status("looking") as status:
+            found = inspect_paths(paths, is_proved=weights, progress=status.update)
+        if as_json:
+            typer.echo(found.as_json(), nl=False)
+        else:
+            print_inspection(console, found)
+
+
+@app.command()
+def view(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL|FOLDER|RUN", help="A model, a folder of them, or what a run wrote."),
+    ],
+    host: Annotated[str, typer.Option("--host", help="Listen here; localhost lets no other machine in.")] = "localhost",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Listen here; 0 takes any free one.")] = 8080,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show models, or every step of a run, in Netron; Ctrl-C ends it."""
+    from surgery.viewer.viewing import view as view_models
+
+    with _errors_said(_console(), debug):
+        view_models(path, host=host, port=port, is_browser_wanted=not no_browser, say=typer.echo)
 
 
 @app.command()
@@ -271,7 +314,9 @@ def _show(console: Console, record: StepRecord) -> None:
     if record.verdict is not None and record.verdict.step is not None:
         gap = f": gap to PyTorch {record.verdict.step}" if record.is_source else f": {record.verdict.step}"
     seconds = f"{record.seconds + record.check_seconds:.1f} s"
-    change = "opened" if record.is_source else record.change.summary or "nothing to do"
+    change = record.change.summary or "nothing to do"
+    if record.is_source:
+        change = f"opened; {record.change.summary}" if record.change.summary else "opened"
     console.print(f"step {record.number} {record.word}{gap}; {change} ({seconds})", markup=False)
 
 

@@ -56,7 +56,8 @@ def ledger_table(records: Sequence[StepRecord]) -> Table:
 def _change(record: StepRecord) -> str:
     if record.is_source:
         is_compared = record.verdict is not None and record.verdict.step is not None
-        return "exported; its gap is to PyTorch" if is_compared else "as it was given"
+        opened = "exported; its gap is to PyTorch" if is_compared else "as it was given"
+        return f"{opened}; {record.change.summary}" if record.change.summary else opened
     asked = f" ({record.judged} verdicts asked)" if record.judged else ""
     return (record.change.summary or "nothing to do") + asked
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 from rich.table import Table
 
 from surgery import registry
@@ -21,7 +22,7 @@ def list_passes() -> Table:
         table.add_column(heading)
     for word in registry.words():
         cls = registry.find(word, Path())
-        table.add_row(word, effect_of(cls), summary(cls))
+        table.add_row(word, effect_of(cls), escape(summary(cls)))
     return table
 
 

@@ -28,7 +28,7 @@ def rest_of_recipe(recipe: Recipe, number: int, present: Sequence[str]) -> str:
     raw_steps = list(recipe.plain.get("steps", ()))
     kept = [step for step in recipe.steps if step.number >= number or _can_run_again(step, present)]
     rest: dict[str, Any] = {
-        "source": ".",
+        "source": {"path": ".", "names": "keep"},  # a step may have renamed inputs and outputs
         "steps": [_with_absolute_files(raw_steps[step.number - 1], step, recipe.folder) for step in kept],
     }
     if "check" in recipe.plain:

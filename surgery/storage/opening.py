@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,12 +20,24 @@ from surgery.storage.structure import find_disorder
 from surgery.storage.wire import MARKER, lift
 
 _LFS_POINTER = b"version https://git-lfs"
+_ABSENT = "\0absent/"
 
 
-def open_model(path: str | os.PathLike[str], *, min_bytes: int = MIN_DATA_BYTES) -> ir.Model:
+OnFault = Callable[[ModelFileError], None]
+
+
+def open_model(
+    path: str | os.PathLike[str], *, min_bytes: int = MIN_DATA_BYTES, on_fault: OnFault | None = None
+) -> ir.Model:
     """Open an .onnx file; every weight of `min_bytes` or more, and every external one, becomes a `Region`.
 
     Nodes that are out of order are sorted.
+
+    Args:
+        path: The file.
+        min_bytes: Smaller weights that are inline stay in memory.
+        on_fault: For those who only look: called with what is wrong with the data of a tensor, instead of raising it,
+            and the tensor becomes a region of an `AbsentFile`; also called when nodes are out of order.
 
     Raises:
         ModelFileError: If this is not an ONNX model, or a broken one, or if its external data is missing, too short,
@@ -38,7 +51,14 @@ def open_model(path: str | os.PathLike[str], *, min_bytes: int = MIN_DATA_BYTES)
     disorder = _named(path, lambda: find_disorder(proto))
     tensors = _Tensors(file)
     for where, tensor in _tensors_of(proto):
-        tensors.check(where, tensor)
+        try:
+            tensors.check(where, tensor)
+        except ModelFileError as error:
+            if on_fault is None or not tensors.can_do_without(tensor):
+                raise
+            on_fault(error)
+    if disorder and on_fault is not None:
+        on_fault(ModelFileError(f"{path}: {disorder}", hint="any run sorts them"))
     model = _deserialize(path, proto)
     _attach(model, tensors.region)
     if disorder:
@@ -97,6 +117,7 @@ class _Tensors:
     def __init__(self, model_file: DataFile) -> None:
         self.model_file = model_file
         self.files = {MARKER: model_file}
+        self.absent_bytes: dict[str, int] = {}
 
     def check(self, where: str, proto: onnx.TensorProto) -> None:
         """Raise unless the tensor's bytes are all there."""
@@ -132,9 +153,27 @@ class _Tensors:
                 hint="the data file is incomplete or belongs to another model: download or export both again",
             )
 
+    def can_do_without(self, proto: onnx.TensorProto) -> bool:
+        """Let an absent file have the tensor's data, if it is known at all how long that is."""
+        if proto.data_type == onnx.TensorProto.UNDEFINED or any(size < 0 for size in proto.dims):
+            return False
+        length = self.expected_length("it", proto)
+        named = next((entry.value for entry in proto.external_data if entry.key == "location"), "")
+        location = f"{_ABSENT}{named}"
+        self.absent_bytes[location] = max(length, self.absent_bytes.get(location, 0))
+        proto.ClearField("raw_data")
+        proto.ClearField("external_data")
+        proto.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", "0"), ("length", str(length))):
+            proto.external_data.add(key=key, value=value)
+        return True
+
     def region(self, tensor: ir.ExternalTensor) -> Region:
+        location = os.fspath(tensor.location)
+        if location not in self.files:
+            self.files[location] = AbsentFile(location.removeprefix(_ABSENT), self.absent_bytes[location])
         return Region(
-            self.files[os.fspath(tensor.location)],
+            self.files[location],
             tensor.offset or 0,
             tensor.dtype,
             tensor.shape,
@@ -155,7 +194,8 @@ class _Tensors:
             target = os.path.realpath(os.path.join(folder, location))
             if not os.path.lexists(os.path.join(folder, location)):
                 continue
-            if not _is_inside(target, folder) and not _is_in_same_hub_repository(target, folder):
+            is_inside = any(_is_inside(target, one) for one in self.folders())
+            if not is_inside and not _is_in_same_hub_repository(target, folder):
                 raise self.error(
                     f"{what}: its data file {location!r} is a link that leaves the model's folder, to {target}"
                 )
@@ -195,6 +235,21 @@ class _Tensors:
 
 
 _PUT_BESIDE = "put the data file beside the model and export again with a relative location"
+
+
+class AbsentFile(DataFile):
+    """Stands for a data file that is missing or not to be used: nothing but zeros, which take no room.
+
+    Args:
+        location: The file's name as the model gives it, empty for data inside the model file.
+        size: How many bytes.
+    """
+
+    def __init__(self, location: str, size: int) -> None:
+        with tempfile.NamedTemporaryFile() as file:
+            file.truncate(size)
+            super().__init__(file.name)
+        self.path = location
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import time
 
-import onnx
-import onnx_ir as ir
-
 from surgery.errors import ModelFileError, StepFailed
 from surgery.manager import StepRecord
-from surgery.storage import check_structure, skeleton
+from surgery.storage.validity import find_problem
 
 
 class Validity:
@@ -45,39 +42,3 @@ class Validity:
                 raise StepFailed(f"{role}: left an invalid model: {problem}")
             self._valid.add(identities[role])
         record.check_seconds += time.perf_counter() - start
-
-
-def find_problem(model: ir.Model) -> str:
-    """Return what is wrong with a model, or an empty string."""
-    try:
-        check_structure(model)
-        onnx.checker.check_model(_without_weights(model), full_check=True)
-    except ModelFileError as error:
-        return error.message
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        return _first_sentence(str(error))
-    return ""
-
-
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
-    """Return the model with its weights as inputs: the checker refuses links and missing files of external data."""
-    content, _ = skeleton(model)
-    proto = onnx.load_model_from_string(content)
-    inline = []
-    overridable = {value.name for value in proto.graph.input}
-    for tensor in proto.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            inline.append(tensor)
-        elif tensor.name not in overridable:
-            proto.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-    kept = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in inline]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    return proto
-
-
-def _first_sentence(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "(no text)"

@@ -219,6 +219,18 @@ def test_a_link_to_a_model_finds_the_data_beside_the_real_model(tmp_path):
     assert tensor_of(open_model(tmp_path / "link.onnx"), "w").nbytes == 4096
 
 
+def test_a_folder_of_links_to_a_model_and_its_data_is_opened(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "links").mkdir()
+    for name in (with_data(tmp_path / "model").name, "w.bin"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "model" / name)
+    assert tensor_of(open_model(tmp_path / "links" / "m.onnx"), "w").nbytes == 4096
+    (tmp_path / "links" / "w.bin").unlink()
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    (tmp_path / "links" / "w.bin").symlink_to(tmp_path / "secret")
+    refused(tmp_path / "links" / "m.onnx", "is a link that leaves the model's folder")
+
+
 def test_a_pipe_as_a_data_file_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     refused(with_data(tmp_path, location="pipe"), "'pipe' is missing")
