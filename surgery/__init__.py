@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from surgery.errors import Refused, SurgeryError
     from surgery.facts import Fact
     from surgery.pipeline import Pipeline, Result
-    from surgery.recipe import Check
+    from surgery.recipe import Check, Source
     from surgery.registry import register
 
 _HOMES = {
@@ -31,6 +31,7 @@ _HOMES = {
     "Program": "claims",
     "Refused": "errors",
     "Result": "pipeline",
+    "Source": "recipe",
     "SurgeryError": "errors",
     "Tolerance": "contract",
     "register": "registry",
@@ -52,6 +53,7 @@ __all__ = [
     "Program",
     "Refused",
     "Result",
+    "Source",
     "SurgeryError",
     "Tolerance",
     "register",

@@ -76,15 +76,19 @@ class Slice:
 
 @dataclass(frozen=True)
 class CastTo:
-    """Convert to another element type, by its numpy name (`int32`, `float16`)."""
+    """Convert to another element type, by its numpy name (`int32`, `float16`); an integer must be the same in it."""
 
     dtype: str
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
-        return array.astype(self.dtype)
+        made = array.astype(self.dtype)
+        if array.dtype.kind in "iu" and made.dtype.kind in "iu" and not np.array_equal(made, array):
+            raise OverflowError(f"it holds {array[made != array].flat[0]}, which is no {self.dtype}")
+        return made
 
 
 Edit = Slice | CastTo
+INTEGER_CASTS: frozenset[Edit] = frozenset((CastTo("int32"), CastTo("int64")))
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,14 @@ class Claim:
         """The program goes by its own name and its interface is what it was."""
         return self.reference == self.candidate and not (self.inputs or self.outputs or self.drops or self.extra)
 
+    @property
+    def is_renaming(self) -> bool:
+        """The program goes by its own name and is what it was, but for names and the width of its integers."""
+        entries = (*self.inputs.values(), *self.outputs.values())
+        edits = [edit for entry in entries if isinstance(entry, Take) for edit in entry.edits]
+        is_same_program = self.reference == self.candidate and not (self.drops or self.extra)
+        return is_same_program and not any(isinstance(entry, Fill) for entry in entries) and set(edits) <= INTEGER_CASTS
+
     def origin(self, output: str) -> str:
         """Return the output of the reference that an output of the candidate is made of, or its own name."""
         entry = self.outputs.get(output)
@@ -248,6 +260,8 @@ class Claim:
             reason = f"{self.reference} has no {kind} {error.args[0]!r}"
         except IndexError:
             reason = "what it is made of has fewer axes"
+        except OverflowError as error:
+            reason = str(error)
         raise SurgeryError(f"the claim on {self.candidate} cannot make the {kind} {name!r}: {reason}")
 
     def then(self, later: Claim) -> Claim:

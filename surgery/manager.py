@@ -15,7 +15,7 @@ from surgery.contract import Change, Context, Effect, Pass, RoleUse, Tolerance
 from surgery.errors import RecipeError, StepFailed, SurgeryError
 from surgery.facts import Fact, Facts
 from surgery.options import did_you_mean
-from surgery.provenance import stamp
+from surgery.provenance import mark, stamp
 from surgery.recipe import Check, Step
 from surgery.registry import givers
 
@@ -183,17 +183,18 @@ class Manager:
     scratch: Path
     progress: Callable[[str], None] = lambda sentence: None
 
-    def open(self, bundle: Bundle, seconds: float = 0.0) -> None:
+    def open(self, bundle: Bundle, seconds: float = 0.0, notes: Sequence[str] = ()) -> None:
         """Show the source to the watchers, as line 0.
 
         Args:
             bundle: The source.
             seconds: What it took to open or export it.
+            notes: What was done to it on the way.
 
         Raises:
             Stopped: The source is not what it should be.
         """
-        record = StepRecord(0, "source", bundle, bundle, seconds=seconds)
+        record = StepRecord(0, "source", bundle, bundle, change=Change(0, "; ".join(notes)), seconds=seconds)
         with _stopping(record, None):
             self._watch(record)
 
@@ -227,6 +228,7 @@ class Manager:
         record.effect = pass_.effect
         record.tolerance = tolerance_in_force(pass_, self.check)
         calls = self.judge.calls
+        mark(record.after.models)
         start = time.perf_counter()
         outcome = pass_.apply(record.after, lambda role: self._context(pass_, record, facts, role))
         record.seconds = time.perf_counter() - start

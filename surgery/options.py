@@ -121,6 +121,8 @@ def _sentence(location: Location, details: Sequence[Mapping[str, Any]], known: M
 def _wish(messages: Sequence[str]) -> str:
     """Join what the branches of a union ask for: `input should be a valid integer or a valid string`."""
     start = "Input should be "
+    # YAML knows lists only.
+    messages = [message.replace("valid tuple", "list") for message in messages]
     text = messages[0].removeprefix("Value error, ")
     others = dict.fromkeys(entry.removeprefix(start) for entry in messages[1:] if entry.startswith(start))
     if text.startswith(start):

@@ -118,23 +118,22 @@ class Pipeline:
     passes: Sequence[Pass | str]
     check: Check | None = field(default_factory=Check)
 
-    def run(
-        self, source: str | Path | Bundle, *, opset: int | None = None, progress: Say = lambda text: None
-    ) -> Result:
+    def run(self, source: str | Path | Source | Bundle, *, progress: Say = lambda text: None) -> Result:
         """Run the passes over a source.
 
         Args:
-            source: What a recipe takes as `source`, relative to the current directory, or a bundle.
-            opset: The opset at which a Hugging Face model is exported.
+            source: What a recipe takes as `source.path`, relative to the current directory; a `Source` with more of its
+                options; or a bundle.
             progress: Takes a sentence to show while something works.
 
         Raises:
             SurgeryError: What stopped the run.
         """
         steps = [_as_step(number, pass_) for number, pass_ in enumerate(self.passes, 1)]
-        options = Source(path=str(source), opset=opset) if not isinstance(source, Bundle) else None
-        recipe = Recipe(options or Source(path="(a bundle)"), tuple(steps), self.check or Check())
         given = source if isinstance(source, Bundle) else None
+        path = "(a bundle)" if given is not None else str(source)
+        options = source if isinstance(source, Source) else Source(path=path)
+        recipe = Recipe(options, tuple(steps), self.check or Check())
         return run_recipe(recipe, is_checked=self.check is not None, say=progress, bundle=given)
 
 
@@ -223,7 +222,7 @@ def run_recipe(
         try:
             if recipe.check.prompts:
                 load_tokenizer(opened.bundle)
-            manager.open(opened.bundle, seconds)
+            manager.open(opened.bundle, seconds, opened.notes)
             finished = manager.run(opened.bundle, recipe.steps)
         except Stopped as error:
             error.scratch = scratch  # the bundle in the error may have weights there

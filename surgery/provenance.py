@@ -12,14 +12,25 @@ CHANGED_BY: Final = "surgery.changed_by"
 STAMPS: Final = frozenset({MADE_BY, CHANGED_BY})
 SMALL_BYTES: Final = 1024
 
+ORIGIN: Final = "surgery.origin"
+"""Where a node of a model in memory keeps the operator that it had before the step."""
+
 Signature = tuple[Hashable, ...]
+
+
+def mark(models: Mapping[str, ir.Model]) -> None:
+    """Let `stamp` know again, after a step, the nodes that models have now, whatever the step calls them."""
+    for model in models.values():
+        for node in _nodes(model):
+            node.meta[ORIGIN] = _operator(node)
 
 
 def stamp(before: Mapping[str, ir.Model], after: Mapping[str, ir.Model], who: str) -> None:
     """Write into the metadata of nodes which step made or changed them; those that it left alone keep what they say.
 
     A node is left alone if some model of the bundle had it: its operator, name, inputs, outputs and attributes. It is
-    changed if one had a node of that operator and name, or of that operator for the same output. Else it is made.
+    changed if one had a node of that operator and name, or of that operator for the same output, or if `mark` was
+    called and met it with that operator. Else it is made.
 
     Args:
         before: The models that the step was given, by role.
@@ -36,8 +47,8 @@ def stamp(before: Mapping[str, ir.Model], after: Mapping[str, ir.Model], who: st
         for node in _nodes(model):
             if _signature(node) in known:
                 continue
-            key = MADE_BY if traces.isdisjoint(_traces(node)) else CHANGED_BY
-            _note(node, key, who)
+            is_known = node.meta.get(ORIGIN) == _operator(node) or not traces.isdisjoint(_traces(node))
+            _note(node, CHANGED_BY if is_known else MADE_BY, who)
 
 
 def _note(node: ir.Node, key: str, who: str) -> None:

@@ -22,13 +22,26 @@ from surgery.sources import looks_like_a_path
 KeyPath = tuple[str | int, ...]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
 
 class Source(Options):
     """Where the models come from."""
 
     path: str = Field(
-        description="A .onnx file, a folder of .onnx files, a Hugging Face folder, or a Hub id; relative to the recipe."
+        description="A .onnx file, a folder or a pattern (models/*.onnx) of .onnx files, a Hugging Face folder, or a "
+        "Hub id; relative to the recipe."
+    )
+    roles: dict[Word, str] | None = Field(
+        None,
+        min_length=1,
+        description="Take these files, each as the model of a role: `prefill: a.onnx`; relative to the folder. Left "
+        "out, a list in the folder or the files' names say what they are.",
+    )
+    names: Literal["canonical", "keep"] = Field(
+        "canonical",
+        description="canonical: the inputs and outputs of encoders and decoders that are recognised get the names that "
+        "Optimum gives them; keep: they keep their own.",
     )
     opset: int | None = Field(
         None, ge=7, description="Export a Hugging Face model at this opset; left out, at the one that works best."
@@ -379,7 +392,7 @@ def _check(tree: dict[str, Any], places: _Places, file: Path) -> Recipe:
         path=file,
         folder=folder,
         plain=plain,
-        where_source=places.of(("source", "path")),
+        where_source=places.of(("source", "roles" if sections.source.roles else "path")),
     )
 
 

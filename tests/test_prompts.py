@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import ROOT
 from models import decoder_pair
 
 from surgery import Bundle
 from surgery.errors import RecipeError, Refused
+from surgery.interfaces import rename_values
 from surgery.runtime.prompts import answer, left_padded, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def with_tokenizer() -> Bundle:
@@ -38,6 +42,30 @@ def test_a_tokenizer_travels_as_a_file_or_as_bytes() -> None:
 def test_a_prompt_without_tokens_is_a_mistake(prompt: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         answer(with_tokenizer(), ["1+2=", prompt], 4, never)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said", "way_out"),
+    [
+        ("attention_mask", "mask", "feeds the input 'mask' of 'prefill'", "rename_io"),
+        ("logits", "scores", "no output of 'prefill' is its 'logits'", "rename_io"),
+        ("attention_mask", "encoder_hidden_states", "'encoder_hidden_states' of 'prefill'", "no model 'encoder'"),
+    ],
+)
+def test_one_name_that_no_loop_knows_is_refused_by_name(old: str, new: str, said: str, way_out: str) -> None:
+    bundle = with_tokenizer()
+    for model in bundle.models.values():
+        rename_values(model, {old: new})
+    with pytest.raises(Refused, match=said) as caught:
+        answer(bundle, ["1+2="], 4, never)
+    assert way_out in caught.value.hint
+
+
+def test_a_decoder_with_a_cache_is_no_prefill() -> None:
+    bundle = with_tokenizer()
+    swapped = Bundle({"prefill": bundle["decode"], "decode": bundle["prefill"]}, files=bundle.files)
+    with pytest.raises(Refused, match=r"feeds the input 'past_key_values\S+' of 'prefill'"):
+        answer(swapped, ["1+2="], 4, never)
 
 
 def test_without_a_tokenizer_or_decoders_nothing_can_be_asked() -> None:

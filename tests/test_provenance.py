@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from surgery import Bundle, Change, Check, Context, ModelPass, Pipeline, storage
+from surgery.claims import Claim, Program, Take
 from surgery.provenance import CHANGED_BY, MADE_BY, stamp
 from surgery.text import parse
 
@@ -74,6 +75,34 @@ def test_a_small_constant_is_told_by_what_it_holds(weight: str):
     after = parse(text.replace("{1.0, 2.0}", weight))
     stamp({"model": parse(text)}, {"model": after}, "edit (step 1)")
     assert ("c" in stamps(after)) == (weight != "{1.0, 2.0}")
+
+
+UNNAMED = "g (float[n] x) => (float[n] y) { a = Neg(x) y = Abs(a) }"
+
+
+class Rename(ModelPass):
+    """Rename the input and all that nodes make; a new node at the end makes the output."""
+
+    def rewrite(self, model: ir.Model, context: Context) -> Change:
+        graph = model.graph
+        for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+            value.name = f"new_{value.name}"
+        last = graph.outputs[0]
+        made = ir.node("Identity", [last]).outputs[0]
+        made.name, made.type, made.shape = "y", last.type, last.shape
+        graph.append(made.producer())
+        graph.outputs[0] = made
+        return Change(1, "renamed all")
+
+    def claims(self, before: Bundle, after: Bundle) -> list[Claim]:
+        return [Claim(Program("model"), Program("model"), inputs={"new_x": Take("x")})]
+
+
+def test_a_node_without_a_name_whose_values_are_renamed_is_changed_and_not_made():
+    bundle = Bundle({"model": parse(UNNAMED)})
+    with Pipeline([Rename()], Check(lengths=[3])).run(bundle) as result:
+        said = {node.op_type: set(node.metadata_props) for node in result.bundle["model"].graph}
+    assert said == {"Neg": {CHANGED_BY}, "Abs": {CHANGED_BY}, "Identity": {MADE_BY}}
 
 
 class Rewire(ModelPass):

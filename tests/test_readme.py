@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from typer.testing import CliRunner
 
 from surgery.cli import app
 from surgery.recipe import load_recipe
 from surgery.registry import find
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

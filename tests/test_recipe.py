@@ -78,7 +78,7 @@ def test_yaml_is_1_2_so_words_and_numbers_mean_what_they_say(tmp_path: Path) -> 
         ),
         (
             ("min_bytes: 64", "models: decode"),
-            "r.yaml:6: step 2 (dedup_weights): models: input should be a valid tuple",
+            "r.yaml:6: step 2 (dedup_weights): models: input should be a list",
         ),
         (("- dedup_weights", "- dedup_weight"), "r.yaml:4: step 1: unknown pass 'dedup_weight'; did you mean 'dedup_w"),
         (("pass: dedup_weights", "pass: 7"), "r.yaml:5: step 2: needs 'pass', the word of a pass"),

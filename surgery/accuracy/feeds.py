@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from surgery.bundle import Bundle
-from surgery.errors import SurgeryError
+from surgery.errors import Refused, SurgeryError
+from surgery.interfaces import FLAG, recognise, rename_values
 from surgery.recipe import Check
 from surgery.runtime.loops import position_ids
 
@@ -27,6 +28,7 @@ UNBOUNDED_IDS = 100
 UNLIMITED = 1 << 30
 ENCODER_EXTRA = 3  # the encoder's prompt is that much longer than the decoder's, so that a mixed-up axis shows
 SEVERAL_NEW_TOKENS = 3
+FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet")  # these count positions from the id of padding on
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Request:
-    """The shape of a sample: rows, new tokens, tokens in the cache, whether rows are padded."""
+    """The shape of a sample: rows, new tokens, tokens in the cache, whether rows are padded, and the branch of a
+    merged decoder that is taken."""
 
     batch: int = 1
     length: int = 1
     past: int = 0
     is_padded: bool = False
+    is_cached: bool = True
 
     @property
     def zeros(self) -> list[int]:
@@ -58,7 +62,8 @@ class Request:
         """Return what verdicts call a sample of this shape."""
         past = f", past {self.past}" if interface.has_past else ""
         padded = ", padded" if interface.masks and any(self.zeros) else ""
-        return f"batch {self.batch}, length {self.length}{past}{padded}"
+        branch = ", branch without cache" if interface.has_flag and not self.is_cached else ""
+        return f"batch {self.batch}, length {self.length}{past}{padded}{branch}"
 
 
 class FeedMaker:
@@ -71,9 +76,31 @@ class FeedMaker:
     """
 
     def __init__(self, bundle: Bundle, check: Check, run: Run) -> None:
-        self._bundle = bundle
+        self._own_names: dict[str, dict[str, str]] = {}
+        self._bundle = Bundle({role: self._canonical(role, model) for role, model in bundle.models.items()})
+        self._bundle.config = bundle.config
         self._check = check
-        self._run = run
+        self._run_own = run
+
+    def _canonical(self, role: str, model: ir.Model) -> ir.Model:
+        """Return a model with canonical names, by which inputs are known here, and remember its own."""
+        recognised = recognise(model)
+        renamed = model.clone()
+        try:
+            if recognised is None or not rename_values(renamed, recognised.canonical):
+                return model
+        except Refused:
+            return model
+        self._own_names[role] = {known: own for own, known in recognised.canonical.items()}
+        return renamed
+
+    def _as_own(self, role: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        own = self._own_names.get(role, {})
+        return {own.get(name, name): array for name, array in arrays.items()}
+
+    def _run(self, role: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        known = {own: name for name, own in self._own_names.get(role, {}).items()}
+        return {known.get(name, name): array for name, array in self._run_own(role, self._as_own(role, arrays)).items()}
 
     def samples(self, role: str) -> Iterator[Sample]:
         """Yield the samples of a role's model, the smallest first.
@@ -84,16 +111,19 @@ class FeedMaker:
         for request in self._requests(interface):
             random = np.random.default_rng([self._check.seed, request.batch, request.length, request.past])
             arrays = self._arrays(role, interface, request, random)
-            yield Sample(request.name(interface), arrays, interface.traits(arrays))
+            yield Sample(request.name(interface), self._as_own(role, arrays), interface.traits(arrays))
 
     def _requests(self, interface: Interface) -> list[Request]:
         batches = interface.batches(self._check.batches)
         longest = room(self._bundle.config)
+        lengths = [length for length in interface.lengths(self._check.lengths) if length <= longest]
+        prompts = _prompt_requests(interface, batches, lengths)
         if not interface.has_past:
-            lengths = [length for length in interface.lengths(self._check.lengths) if length <= longest]
-            return _prompt_requests(interface, batches, lengths)
+            return prompts
         pasts = [past for past in interface.pasts(self._check.past) if past < longest]
         requests = _past_requests(interface, batches, pasts)
+        if interface.has_flag:
+            requests = [replace(prompt, is_cached=False) for prompt in prompts] + requests
         return [request for request in requests if request.past + request.length <= longest]
 
     def _arrays(self, role: str, interface: Interface, request: Request, random: np.random.Generator) -> Arrays:
@@ -109,6 +139,8 @@ class FeedMaker:
     ) -> np.ndarray:
         name = value.name or ""
         kind = numpy_type(value)
+        if name == FLAG:
+            return np.full(interface.shape(value, request), request.is_cached, kind)
         if name in interface.masks:
             past = 0 if name.startswith("encoder") else request.past
             return _mask(request, past).astype(kind)
@@ -116,11 +148,18 @@ class FeedMaker:
             return position_ids(_mask(request, request.past))[:, request.past :].astype(kind)
         shape = interface.shape(value, request)
         if PAST.match(name):
-            return np.zeros(shape, kind)
+            return np.zeros(self._cache_shape(value, shape), kind)
         return _random_array(value, shape, kind, self._id_bound(value), random)
 
+    def _cache_shape(self, value: ir.Value, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a cache; onnxruntime-genai 0.18 leaves the size of a head free."""
+        size = self._bundle.config.get("head_dim")
+        is_free = len(shape) == 4 and not isinstance(_dimensions(value)[3], int)
+        return (*shape[:3], size) if is_free and isinstance(size, int) else shape
+
     def _id_bound(self, value: ir.Value) -> int:
-        vocabulary = self._bundle.config.get("vocab_size")
+        key = "type_vocab_size" if (value.name or "").endswith("token_type_ids") else "vocab_size"
+        vocabulary = self._bundle.config.get(key)
         bounds = [vocabulary if isinstance(vocabulary, int) else None, rows_gathered_by(value)]
         return min((bound for bound in bounds if bound), default=UNBOUNDED_IDS)
 
@@ -129,9 +168,9 @@ class FeedMaker:
         chained: Arrays = {}
         names = {value.name for value in interface.inputs}
         encoder = self._bundle.models.get("encoder")
-        if encoder is not None and role != "encoder" and names & {"encoder_hidden_states", "encoder_attention_mask"}:
-            chained |= self._encoded(request)
-        if interface.has_past:
+        if role != "encoder" and names & {"encoder_hidden_states", "encoder_attention_mask"}:
+            chained |= self._encoded(request) if encoder is not None else self._made_up_states(request)
+        if interface.has_past and request.is_cached:
             chained |= self._past(role, interface, request, chained)
         return chained
 
@@ -145,16 +184,32 @@ class FeedMaker:
         mask = inputs.get("attention_mask", _mask(prompt, 0))
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
+    def _made_up_states(self, request: Request) -> Arrays:
+        """Return what an encoder that is not in the bundle might give: random states, of one length with their mask."""
+        inputs = [value for model in self._bundle.models.values() for value in Interface(model).inputs]
+        states = [value for value in inputs if value.name == "encoder_hidden_states"]
+        sizes = [_dimensions(value)[-1] for value in states if _dimensions(value)]
+        size = next((size for size in sizes if isinstance(size, int)), self._bundle.config.get("d_model"))
+        length = min(request.length + request.past + ENCODER_EXTRA, room(self._bundle.config))
+        prompt = Request(request.batch, length, 0, request.is_padded)
+        if not states:
+            return {"encoder_attention_mask": _mask(prompt, 0)}
+        if not isinstance(size, int):
+            return {}
+        random = np.random.default_rng([self._check.seed, prompt.batch, prompt.length])
+        made = random.standard_normal((prompt.batch, length, size)).astype(numpy_type(states[0]))
+        return {"encoder_hidden_states": made, "encoder_attention_mask": _mask(prompt, 0)}
+
     def _past(self, role: str, interface: Interface, request: Request, encoded: Arrays) -> Arrays:
         """Return a cache that holds `request.past` tokens; an empty one still needs real encoder keys and values."""
         giver = "prefill" if "prefill" in self._bundle.models and role != "prefill" else role
         cross = [value for value in interface.past if ".encoder." in (value.name or "")]
         if request.past == 0 and not cross:
             return {}
-        if giver == role:
-            return self._own_past(role, interface, request)
+        if giver == role and not interface.has_flag:
+            return self._own_past(role, interface, request, encoded)
         prefill = Interface(self._bundle[giver])
-        prompt = Request(request.batch, max(request.past, 1), 0, request.is_padded)
+        prompt = Request(request.batch, max(request.past, 1), 0, request.is_padded, is_cached=False)
         random = np.random.default_rng([self._check.seed, prompt.batch, prompt.length, 1])
         inputs: Arrays = {}
         for value in prefill.inputs:
@@ -165,28 +220,47 @@ class FeedMaker:
             return {name: array for name, array in past.items() if ".encoder." in name}
         return past
 
-    def _own_past(self, role: str, interface: Interface, request: Request) -> Arrays:
+    def _own_past(self, role: str, interface: Interface, request: Request, encoded: Arrays) -> Arrays:
         """Grow a cache by running the model on its own outputs: at once if it takes several tokens, else one by one.
 
-        One by one, nothing is padding while it grows: the first tokens of a row would have nothing to attend to.
+        Keys and values of an encoder are random. One by one, nothing is padding while it grows: the first tokens of a
+        row would have nothing to attend to.
         """
         random = np.random.default_rng([self._check.seed, request.batch, request.past, 2])
+        crossed = self._made_up_cross(interface, request, encoded, random)
+        own = [value for value in interface.past if value.name not in crossed]
         at_once = interface.takes_several_tokens
-        step = request.past if at_once else interface.lengths((1,))[0]
+        step = max(request.past, 1) if at_once else interface.lengths((1,))[0]
         past: Arrays = {}
         for done in range(0, request.past, step):
             part = Request(request.batch, step, done, request.is_padded and at_once)
             made = {value.name or "": self._array(value, interface, part, random) for value in interface.inputs}
-            past = _as_past(interface.past, self._run(role, made | past))
-        return past
+            past = _as_past(own, self._run(role, made | encoded | crossed | past))
+        return crossed | past
+
+    def _made_up_cross(
+        self, interface: Interface, request: Request, encoded: Arrays, random: np.random.Generator
+    ) -> Arrays:
+        """Return random keys and values of an encoder, [batch, heads, tokens of its mask, size of a head]."""
+        mask = encoded.get("encoder_attention_mask")
+        tokens = mask.shape[1] if mask is not None else request.length + request.past + ENCODER_EXTRA
+        made: Arrays = {}
+        for value in interface.past:
+            if ".encoder." in (value.name or ""):
+                batch, heads, _, size = self._cache_shape(value, interface.shape(value, request))
+                made[value.name or ""] = random.standard_normal((batch, heads, tokens, size)).astype(numpy_type(value))
+        return made
 
 
 def room(config: Mapping[str, Any]) -> int:
     """Return how many positions a network has, by its config."""
-    sizes = [config.get(key) for key in ("n_positions", "max_position_embeddings")]
+    sizes = [config.get(key) for key in ("n_positions", "max_position_embeddings", "max_target_positions")]
     known = [size for size in sizes if isinstance(size, int) and size > 0]
     relative = config.get("model_type") in ("t5", "mt5", "umt5")  # n_positions there is no limit
-    return min(known) if known and not relative else UNLIMITED
+    if not known or relative:
+        return UNLIMITED
+    pad = config.get("pad_token_id")
+    return min(known) - (pad + 1 if config.get("model_type") in FROM_PADDING and isinstance(pad, int) else 0)
 
 
 def _prompt_requests(interface: Interface, batches: Sequence[int], lengths: Sequence[int]) -> list[Request]:
@@ -224,6 +298,7 @@ class Interface:
         self.masks = [name for name in names if name.endswith("attention_mask")]
         self.past = [value for value in self.inputs if PAST.match(value.name or "")]
         self.has_past = bool(self.past)
+        self.has_flag = self.has_past and FLAG in names
         self._ids = next((value for value in self.inputs if (value.name or "").endswith("input_ids")), None)
 
     @property
@@ -262,6 +337,8 @@ class Interface:
             traits["past"] = str(arrays[self.past[0].name or ""].shape[self._past_axis])
         if self.masks:
             traits["padding"] = "yes" if any((arrays[name] == 0).any() for name in self.masks) else "no"
+        if self.has_flag:
+            traits[FLAG] = "yes" if arrays[FLAG].all() else "no"
         return traits
 
     def shape(self, value: ir.Value, request: Request) -> tuple[int, ...]:
@@ -297,9 +374,9 @@ class Interface:
 
 
 def _dimensions(value: ir.Value) -> list[int | str]:
-    if value.shape is None:
-        return []
-    return [size if isinstance(size, int) else str(size.value or "") for size in value.shape]
+    """Return the size or the name of each axis; transformers.exporters 5.23 writes some sizes as names such as `8`."""
+    sizes = [size if isinstance(size, int) else str(size.value or "") for size in value.shape or ()]
+    return [int(size) if isinstance(size, str) and size.isdecimal() else size for size in sizes]
 
 
 def numpy_type(value: ir.Value) -> np.dtype:
@@ -308,6 +385,8 @@ def numpy_type(value: ir.Value) -> np.dtype:
     Raises:
         SurgeryError: The value has no tensor type.
     """
+    if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
+        raise SurgeryError(f"the input {value.name!r} is no tensor, so nothing can be fed", hint="--no-check")
     if value.dtype is None:
         raise SurgeryError(f"input {value.name!r} has no tensor type, so nothing can be fed", hint="give check.data")
     return np.dtype(value.dtype.numpy())

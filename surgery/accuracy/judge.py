@@ -181,10 +181,10 @@ class Judge:
     def accept(self, claims: Sequence[Claim], effect: Effect, tolerance: Tolerance) -> None:
         """Take a step as done: later steps are compared with what it made.
 
-        What is known of a host loop outlives a step that claims each of its models to be the same.
+        What is known of a host loop, which goes by canonical names, outlives a step that at most renames its models.
         """
         composed = [root.then(claim) for claim in claims for root in self._ancestors(claim.reference)]
-        same = {role for claim in claims if claim.is_same for role in claim.candidate.roles}
+        same = {role for claim in claims if claim.is_renaming for role in claim.candidate.roles}
         claimed = {claim.candidate for claim in claims}
         loops = [
             root
@@ -283,7 +283,7 @@ class Judge:
         known = [claim for claim in self._lineage if claim.candidate == program]
         if known or isinstance(program, Program):
             return known
-        kept = {claim.reference.roles[0] for claim in self._lineage if claim.is_same}
+        kept = {claim.reference.roles[0] for claim in self._lineage if claim.is_renaming}
         return [Claim(program, program)] if set(program.roles) <= kept else []
 
     def _source_limits(self) -> Limits:
@@ -310,9 +310,10 @@ class Judge:
             broken |= {name: sample.name for name in _non_finite(outputs) if name not in broken}
         if not kept:
             reason = f": {refused[0].message}" if refused else ", because there is none"
+            hint = refused[0].hint if refused else ""
             raise StepFailed(
                 f"{role}: the source runs on no sample{reason}",
-                hint="give check.data: a data_loader.py with load_data(), a .npz or Polygraphy JSON",
+                hint=hint or "give check.data: a data_loader.py with load_data(), a .npz or Polygraphy JSON",
             )
         for name, sample_name in broken.items():
             warnings.append(f"{role}: output {name!r} of the source itself is not finite on sample {sample_name!r}")

@@ -26,6 +26,7 @@ from surgery.runtime.sessions import open_session
 Arrays = dict[str, np.ndarray]
 
 MOST_THREADS = 8
+_INTEGERS: Mapping[str, np.dtype[Any]] = {"tensor(int32)": np.dtype(np.int32), "tensor(int64)": np.dtype(np.int64)}
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _CPP_PLACE = re.compile(r"Status Message: (?:/\S+ )?(?:[^()]*\([^)]*\) )?")
 
@@ -51,6 +52,9 @@ class ModelProgram:
     def __init__(self, model: ir.Model) -> None:
         self.session = open_session(model, threads=threads())
         self._inputs = tuple(value.name for value in self.session.get_inputs())
+        self.outputs = tuple(value.name for value in self.session.get_outputs())
+        types: dict[str, str] = {value.name: value.type for value in self.session.get_inputs()}
+        self.integers = {name: _INTEGERS[kind] for name, kind in types.items() if kind in _INTEGERS}
         self._runner = OnnxrtRunner(self.session)
         self._runner.activate()
 
@@ -60,8 +64,16 @@ class ModelProgram:
         return self._inputs
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
-        """Return the outputs by name; ONNX Runtime itself refuses a feed of the wrong type or rank."""
-        return dict(self._runner.infer({name: feeds[name] for name in self._inputs}, check_inputs=False))
+        """Return the outputs by name; ONNX Runtime itself refuses a feed of the wrong type or rank.
+
+        Raises:
+            SurgeryError: An output is a sequence, a map, or an optional value that is not there.
+        """
+        outputs = dict(self._runner.infer({name: feeds[name] for name in self._inputs}, check_inputs=False))
+        other = next((name for name, array in outputs.items() if not isinstance(array, np.ndarray)), None)
+        if other is not None:
+            raise SurgeryError(f"the output {other!r} is no tensor, so nothing can be compared", hint="--no-check")
+        return outputs
 
     def close(self) -> None:
         """Let go of the session."""
@@ -80,7 +92,9 @@ class LoopProgram:
         self, loop: HostLoop, models: Mapping[str, ModelProgram], generation_config: Mapping[str, Any]
     ) -> None:
         self._run = LOOPS[loop.name]
-        self._models = {role: Callee(model.inputs, model.run) for role, model in models.items()}
+        self._models = {
+            role: Callee(model.inputs, model.run, model.outputs, model.integers) for role, model in models.items()
+        }
         self._config = generation_config
 
     @property

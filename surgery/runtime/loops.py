@@ -8,24 +8,39 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import SurgeryError
+from surgery.interfaces import recognise_names
 
 Arrays = dict[str, np.ndarray]
 
 
 class Callee:
-    """A model that a host loop calls: what it takes, what it gives, and the call.
+    """A model that a host loop calls by canonical names, whatever its own are.
 
     Args:
         inputs: The names of its inputs.
         call: Runs it on arrays by input name and returns arrays by output name.
+        outputs: The names of its outputs, by which its naming is recognised; left out, its names are taken as they are.
+        integers: The types of its integer inputs, where they may be others than int64.
     """
 
-    def __init__(self, inputs: Sequence[str], call: Callable[[Arrays], Arrays]) -> None:
-        self.inputs = frozenset(inputs)
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        call: Callable[[Arrays], Arrays],
+        outputs: Sequence[str] = (),
+        integers: Mapping[str, np.dtype[Any]] | None = None,
+    ) -> None:
+        recognised = recognise_names(inputs, outputs)
+        self._canonical = recognised.canonical if recognised is not None else {}
+        self._own = {self._canonical.get(name, name): name for name in inputs}
+        self._integers = integers or {}
+        self.inputs = frozenset(self._own)
         self.call = call
 
     def __call__(self, feeds: Arrays) -> Arrays:
-        return self.call({name: array for name, array in feeds.items() if name in self.inputs})
+        own = {self._own[name]: array for name, array in feeds.items() if name in self._own}
+        typed = {name: array.astype(self._integers.get(name, array.dtype)) for name, array in own.items()}
+        return {self._canonical.get(name, name): array for name, array in self.call(typed).items()}
 
 
 def greedy(models: Mapping[str, Callee], feeds: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> Arrays:

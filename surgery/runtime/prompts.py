@@ -12,9 +12,17 @@ import onnx_ir as ir
 
 from surgery.bundle import Bundle
 from surgery.errors import RecipeError, Refused
+from surgery.interfaces import recognise
 from surgery.runtime.loops import Callee, greedy
 
 Run = Callable[[ir.Model, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+_TO_ENCODERS = frozenset(("input_ids", "attention_mask"))
+_TO_DECODERS = frozenset(("input_ids", "attention_mask", "position_ids"))
+_BESIDE_ENCODERS = frozenset(("input_ids", "encoder_hidden_states", "encoder_attention_mask"))
+"""What `greedy` feeds to a model beside the cache, by Optimum's names."""
+
+_NAMES = "leave the prompts out, or rename_io with the names of Optimum as the last step"
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
         run: Runs a model on arrays by name.
 
     Raises:
-        Refused: The bundle has no models that can generate.
+        Refused: The bundle has no models that can generate, or they have names of their own.
         RecipeError: It has no tokenizer, or one that cannot read a prompt.
     """
     roles = [role for role in ("encoder", "prefill", "decode") if role in bundle.models]
@@ -46,6 +54,9 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
     config = {**bundle.config, **bundle.generation_config}
     rows = [_encode(tokenizer, prompt) for prompt in prompts]
     ids, mask = left_padded(rows, config.get("pad_token_id") or 0)
+    for role in roles:
+        fed = _TO_ENCODERS if role == "encoder" else _BESIDE_ENCODERS if "encoder" in roles else _TO_DECODERS
+        _refuse_strange_names(role, bundle[role], fed)
     models: dict[str, Callee] = {role: _callee(bundle[role], run) for role in roles}
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(max_new_tokens)}
     sequences = greedy(models, feeds, config)["sequences"]
@@ -53,6 +64,29 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
         Answer(prompt, tokenizer.decode(row.tolist(), skip_special_tokens=True), tuple(row.tolist()))
         for prompt, row in zip(prompts, sequences, strict=True)
     ]
+
+
+def _refuse_strange_names(role: str, model: ir.Model, fed: frozenset[str]) -> None:
+    """Raise unless `greedy` feeds every input of a model, and finds what it goes on with in the outputs."""
+    recognised = recognise(model)
+    if recognised is None:
+        raise Refused(
+            f"check.prompts: the inputs and outputs of {role!r} have names that no generation loop knows",
+            hint="leave the prompts out, or rename_io with `to: optimum` as the last step",
+        )
+    known = recognised.canonical
+    cache = {slot.input for slot in recognised.cache} if role == "decode" else set()
+    inputs = [value.name or "" for value in model.graph.inputs if value.name not in model.graph.initializers]
+    strange = [name for name in inputs if name not in cache and known.get(name) not in fed]
+    if strange:
+        is_lonely = known.get(strange[0], "").startswith("encoder_")
+        raise Refused(
+            f"check.prompts: no generation loop feeds the input {strange[0]!r} of {role!r}",
+            hint="leave the prompts out: there is no model 'encoder' here" if is_lonely else _NAMES,
+        )
+    wanted = "last_hidden_state" if role == "encoder" else "logits"
+    if wanted not in {known.get(value.name or "") for value in model.graph.outputs}:
+        raise Refused(f"check.prompts: no output of {role!r} is its {wanted!r}", hint=_NAMES)
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -66,8 +100,11 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _callee(model: ir.Model, run: Run) -> Callee:
-    names = [value.name or "" for value in model.graph.inputs]
-    return Callee(names, lambda feeds: dict(run(model, feeds)))
+    inputs = [value.name or "" for value in model.graph.inputs]
+    outputs = [value.name or "" for value in model.graph.outputs]
+    types = {value.name or "": value.dtype.numpy() for value in model.graph.inputs if value.dtype is not None}
+    integers = {name: kind for name, kind in types.items() if kind.kind in "iu"}
+    return Callee(inputs, lambda feeds: dict(run(model, feeds)), outputs, integers)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -49,8 +49,27 @@ def open_session(
     Raises:
         ModelFileError: If ONNX Runtime does not take the model.
     """
-    onnxruntime = runtime()
     content, weights = skeleton(model)
+    return open_skeleton(
+        content, weights, optimize=optimize, prepacking=prepacking, threads=threads, providers=providers
+    )
+
+
+def open_skeleton(
+    content: bytes,
+    weights: Mapping[str, ir.TensorProtocol],
+    *,
+    optimize: bool = False,
+    prepacking: bool = False,
+    threads: int = 1,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> onnxruntime.InferenceSession:
+    """Open a session as `open_session` does, over what `skeleton` returns.
+
+    Raises:
+        ModelFileError: If ONNX Runtime does not take the model; ONNX Runtime's own error is its cause.
+    """
+    onnxruntime = runtime()
     values = session_values(weights)
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel

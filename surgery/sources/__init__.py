@@ -23,11 +23,13 @@ class Opened:
         bundle: Its models.
         reference: What they were exported from, to judge the export; None for models that were files already.
         inputs: The files and folders that must not be written to.
+        notes: What was done on the way that is not to be overlooked, for line 0 of the ledger.
     """
 
     bundle: Bundle
     reference: Reference | None = None
     inputs: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class SourceKind(Protocol):
@@ -65,18 +67,27 @@ def find_source(source: Source, folder: Path) -> SourceKind:
         folder: What a relative path is relative to.
 
     Raises:
-        RecipeError: There is no such file or folder, it holds no model, or an opset is asked of what is ONNX already.
+        RecipeError: There is no such file or folder, it holds no model, the roles of its files cannot be told, or an
+            opset is asked of what is ONNX already.
     """
-    from surgery.sources.files import OnnxFile, OnnxFolder
+    from surgery.sources import files
     from surgery.sources.pretrained import Pretrained
 
     path = folder / source.path
+    is_canonical = source.names == "canonical"
+    if source.roles is not None:
+        _refuse_opset(source)
+        return files.by_roles(source.path, folder, source.roles, is_canonical=is_canonical)
     if path.is_file():
         _refuse_opset(source)
-        return OnnxFile(path)
-    if path.is_dir() and any(path.glob("*.onnx")):
+        return files.single_file(path)
+    if not path.exists() and files.is_pattern(source.path):
         _refuse_opset(source)
-        return OnnxFolder.recognise(path)
+        return files.by_pattern(source.path, folder, is_canonical=is_canonical)
+    found = files.in_folder(source.path, path, is_canonical=is_canonical) if path.is_dir() else None
+    if found is not None:
+        _refuse_opset(source)
+        return found
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(
             f"{path}: no model is in this folder",
@@ -84,7 +95,7 @@ def find_source(source: Source, folder: Path) -> SourceKind:
         )
     if not path.is_dir() and looks_like_a_path(source.path):
         raise RecipeError(f"{path}: no such file or folder")
-    return Pretrained(str(path) if path.is_dir() else source.path, source.opset)
+    return Pretrained(str(path) if path.is_dir() else source.path, source.opset, source.names)
 
 
 def _refuse_opset(source: Source) -> None:
@@ -97,4 +108,5 @@ def _refuse_opset(source: Source) -> None:
 
 def looks_like_a_path(text: str) -> bool:
     """Tell a path from a Hub id, which is `name` or `owner/name` without a suffix of a file."""
-    return text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith((".onnx", ".yaml", ".json"))
+    is_file = text.endswith((".onnx", ".yaml", ".json"))
+    return is_file or text.count("/") > 1 or text.startswith((".", "/", "~")) or any(mark in text for mark in "*?[")

@@ -12,46 +12,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from surgery.errors import ModelFileError, OutputError, RecipeError, SurgeryError
+from surgery.errors import ModelFileError, RecipeError, SurgeryError
+from surgery.sources.architectures import ANOTHER_TOOL, Architecture, architecture_of, class_of
 from surgery.sources.configs import read_json
-from surgery.sources.names import Axes, axes_of, forget_origins, name_axes, name_nodes, name_weights, nest
-from surgery.sources.torch_reference import DECODER_ONLY, ENCODER_DECODER, Architecture, TorchReference, samples
-from surgery.storage.region import DataFile, Region
-
-# Each was exported and compared with PyTorch. To add one: name it here, and give the tests a tiny config of it.
-FAMILIES: Mapping[str, Architecture] = {
-    **dict.fromkeys(("gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"), DECODER_ONLY),
-    **dict.fromkeys(("bart", "marian", "mt5", "t5"), ENCODER_DECODER),
-}
+from surgery.sources.exporter import export_role, refuse_growing_rotary, samples
+from surgery.sources.origin import Origin
+from surgery.sources.torch_reference import TorchReference
+from surgery.sources.weights import WeightsFile
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 24
 # From 23 on attention is one node instead of a dozen, and 24 gives the same graph: GPT-2 124M's decode has 486 nodes
 # instead of 654, T5-base's 507 instead of 1,017, and neither is measurably slower in ONNX Runtime 1.31.
 DEFAULT_OPSET = 23
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-    "chat_template.jinja",
-)
-HUB_TIMEOUT_SECONDS = 5.0
-INLINE_BYTES = 1024
-WEIGHTS_ALIGNMENT = 4096
+PACKAGES = ("torch", "transformers", "onnxscript")
 
 Progress = Callable[[str], None]
 
@@ -63,7 +40,8 @@ class Exported:
     Args:
         models: The models by role; their weights are in one file of the scratch folder.
         config: The content of `config.json`.
-        generation_config: The content of `generation_config.json`, or what `transformers` makes of the config.
+        generation_config: The content of `generation_config.json`, or what `transformers` makes of the config; empty
+            for a network that does not generate.
         files: The configs and the tokenizer: what travels with the models, by file name.
         reference: The PyTorch model that was exported.
     """
@@ -79,9 +57,9 @@ def roles_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the roles that a model with this `config.json` is exported as; imports no PyTorch.
 
     Raises:
-        RecipeError: The architecture is not supported.
+        RecipeError: The network or its head is not supported, or the config does not say which head it has.
     """
-    return _architecture_of(config).roles
+    return architecture_of(config).roles
 
 
 def read_config(path_or_id: str) -> dict[str, Any]:
@@ -91,7 +69,7 @@ def read_config(path_or_id: str) -> dict[str, Any]:
         RecipeError: There is no such folder or model, or the Hub cannot be reached.
         ModelFileError: `config.json` is missing or is not a JSON object.
     """
-    return _Origin.of(path_or_id).config()
+    return Origin.of(path_or_id).config()
 
 
 def export(path_or_id: str, *, opset: int | None = None, scratch: Path, progress: Progress | None = None) -> Exported:
@@ -109,14 +87,15 @@ def export(path_or_id: str, *, opset: int | None = None, scratch: Path, progress
         SurgeryError: PyTorch cannot export it.
     """
     tell = progress or _ignore
-    origin = _Origin.of(path_or_id)
+    origin = Origin.of(path_or_id)
     config = origin.config()
-    architecture = _architecture_of(config)
+    architecture = architecture_of(config)
+    refuse_growing_rotary(config)
     opset = _checked_opset(opset)
     _check_packages()
     tell(f"loading {path_or_id}")
     with quiet():
-        model = _load(origin, architecture)
+        model = _load(origin, architecture, class_of(config))
     with quiet(), _blamed(path_or_id, model, "a sample", opset):
         sample_of = samples(model, architecture)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -125,7 +104,7 @@ def export(path_or_id: str, *, opset: int | None = None, scratch: Path, progress
     for role in architecture.roles:
         tell(f"exporting {role}")
         with quiet(), _blamed(path_or_id, model, repr(role), opset):
-            models[role] = _export_role(model, architecture, role, sample_of[role], opset)
+            models[role] = export_role(model, architecture, role, sample_of[role], opset)
         weights.take(models[role])
     weights.hand_out()
     files = origin.companions()
@@ -137,20 +116,9 @@ def _ignore(_: str) -> None:
     pass
 
 
-def _architecture_of(config: Mapping[str, Any]) -> Architecture:
-    name = config.get("model_type")
-    if isinstance(name, str) and name in FAMILIES:
-        return FAMILIES[name]
-    raise RecipeError(
-        f"cannot export the architecture {name!r}; supported are {', '.join(sorted(FAMILIES))}",
-        hint="export it with another tool, for example optimum-cli, and give the folder of .onnx files as the source",
-    )
-
-
 def _checked_opset(opset: int | None) -> int:
     if opset is None:
         return DEFAULT_OPSET
-    # The exporter writes any number: opset 30 comes out without a word, and no runtime takes it.
     if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise RecipeError(
             f"cannot export at opset {opset}", hint=f"use {OLDEST_OPSET} to {NEWEST_OPSET}, or leave the opset out"
@@ -159,7 +127,7 @@ def _checked_opset(opset: int | None) -> int:
 
 
 def _check_packages() -> None:
-    for package in ("torch", "transformers", "onnxscript"):
+    for package in PACKAGES:
         try:
             importlib.import_module(package)
         except ImportError as error:
@@ -169,108 +137,16 @@ def _check_packages() -> None:
             ) from error
 
 
-# Where the files are
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """A local folder or a model on the Hub.
-
-    Args:
-        name: The folder or the Hub id.
-        is_local: It is a folder.
-        is_offline: The Hub cannot be reached, so that only what was downloaded before can be had.
-    """
-
-    name: str
-    is_local: bool
-    is_offline: bool
-
-    @classmethod
-    def of(cls, path_or_id: str) -> _Origin:
-        if Path(path_or_id).is_dir():
-            return cls(path_or_id, is_local=True, is_offline=True)
-        if Path(path_or_id).exists() or path_or_id.count("/") > 1 or path_or_id.startswith((".", "/", "~")):
-            raise RecipeError(
-                f"{path_or_id}: there is no such folder", hint="give a folder with config.json and weights"
-            )
-        return cls(path_or_id, is_local=False, is_offline=not _hub_answers())
-
-    def config(self) -> dict[str, Any]:
-        path = self.find("config.json")
-        if path is None:
-            raise ModelFileError(
-                f"{self.name}: there is no config.json", hint="give the folder that save_pretrained() wrote"
-            )
-        return read_json(path)
-
-    def companions(self) -> dict[str, bytes | Path]:
-        found = {name: self.find(name) for name in ("config.json", *COMPANIONS)}
-        return {name: path for name, path in found.items() if path is not None}
-
-    def find(self, name: str) -> Path | None:
-        """Return where a file is, downloading it if need be, or None if the model has none of that name."""
-        if self.is_local:
-            path = Path(self.name, name)
-            return path if path.is_file() else None
-        return _find_on_hub(self.name, name, is_offline=self.is_offline)
-
-
-def _hub_answers() -> bool:
-    """Ask once. Left to itself, huggingface_hub 2.4 asks for every file six times, waiting 23 seconds in all."""
-    try:
-        from huggingface_hub import constants, get_session
-
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception:
-        return False
-    return True
-
-
-def _find_on_hub(repo: str, name: str, *, is_offline: bool) -> Path | None:
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError as error:
-        raise RecipeError(
-            f"{repo}: there is no such folder, and the Hub needs huggingface_hub",
-            hint="pip install 'graph-surgery[transformers]'",
-        ) from error
-    try:
-        return Path(hf_hub_download(repo, name, local_files_only=is_offline))
-    except errors.LocalEntryNotFoundError as error:
-        if is_offline and name != "config.json":
-            return None
-        raise _unreachable(repo) from error
-    except errors.EntryNotFoundError:
-        return None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise RecipeError(
-            f"{repo}: neither a local folder nor a model on the Hub that may be read",
-            hint="check the spelling; for a private or gated model run `hf auth login` first",
-        ) from error
-    except OSError as error:
-        raise _unreachable(repo) from error
-
-
-def _unreachable(repo: str) -> RecipeError:
-    return RecipeError(
-        f"{repo}: not a local folder, and the Hugging Face Hub cannot be reached",
-        hint=f"on a machine with network run `hf download {repo} --local-dir FOLDER`, "
-        "and give that folder as the source",
-    )
-
-
 def _generation_config(model: Any, files: dict[str, bytes | Path]) -> dict[str, Any]:
     """Return the generation config; a model without one gets what `transformers` would use, in `files` too."""
+    if not model.can_generate():
+        return {}
     path = files.get("generation_config.json")
     if isinstance(path, Path):
         return read_json(path)
     content: dict[str, Any] = json.loads(model.generation_config.to_json_string())
     files["generation_config.json"] = (json.dumps(content, indent=2) + "\n").encode()
     return content
-
-
-# PyTorch
 
 
 @contextlib.contextmanager
@@ -293,7 +169,7 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load(origin: _Origin, architecture: Architecture) -> Any:
+def _load(origin: Origin, architecture: Architecture, class_name: str) -> Any:
     """Load the network in float32, for evaluation.
 
     Raises:
@@ -317,8 +193,17 @@ def _load(origin: _Origin, architecture: Architecture) -> Any:
             f"{origin.name}: cannot load the weights: {_first_line(error)}",
             hint="save the model again with save_pretrained(), or download it again",
         ) from error
+    if type(model).__name__ != class_name:
+        raise ModelFileError(
+            f"{origin.name}: config.json names {class_name!r}, but its model_type {model.config.model_type!r} has "
+            f"{type(model).__name__!r}",
+            hint="correct the one that is wrong in config.json",
+        )
     # transformers fills weights that the file lacks with random numbers, and only warns.
     missing = sorted(report["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None  # saved without one, by `add_pooling_layer=False`
+        missing = []
     if missing:
         raise ModelFileError(
             f"{origin.name}: {len(missing)} weights are missing, among them {missing[0]!r}",
@@ -342,114 +227,16 @@ def _blamed(name: str, model: Any, what: str, opset: int) -> Iterator[None]:
         causes = [error]
         while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
             causes.append(causes[-1].__cause__)
-        versions = " and ".join(f"{each} {importlib.metadata.version(each)}" for each in ("torch", "transformers"))
+        versions = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in PACKAGES)
         raise SurgeryError(
-            f"{name}: {versions} cannot export {what} of {type(model).__name__} at opset {opset}: "
+            f"{name}: cannot export {what} of {type(model).__name__} at opset {opset} ({versions}): "
             f"{_first_line(causes[-1])}",
-            hint=f"leave the opset at {DEFAULT_OPSET}, or export it with another tool, for example optimum-cli, "
-            "and give the folder of .onnx files as the source",
+            hint=f"{_another_opset(opset)}, or {ANOTHER_TOOL}",
         ) from error
 
 
-def _export_role(model: Any, architecture: Architecture, role: str, sample: Mapping[str, Any], opset: int) -> ir.Model:
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-    axes = architecture.axes[role]
-    free = {name: _free_axes(axes_of(axes, name)) for name in sample}
-    config = OnnxConfig(dynamic=True, dynamic_shapes=nest(free), opset_version=opset)
-    with _as_forward(model, architecture, role):
-        exported: ir.Model = OnnxExporter().export(model, nest(sample), config).program
-    _check_interface(exported.graph, tuple(sample), axes, role)
-    name_axes(exported.graph, axes)
-    name_nodes(exported.graph)
-    name_weights(exported.graph, model)
-    forget_origins(exported)
-    exported.graph.name = role
-    return exported
-
-
-@contextlib.contextmanager
-def _as_forward(model: Any, architecture: Architecture, role: str) -> Iterator[None]:
-    """Make the role the model's forward: the exporter names inputs and outputs by what a forward takes and returns."""
-
-    def forward(**inputs: Any) -> Any:
-        return architecture.forwards[role](model, **inputs)
-
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
-
-
-def _free_axes(axes: Axes) -> Any:
-    from torch.export import Dim
-
-    return {index: Dim.AUTO for index, name in enumerate(axes) if name is not None}
-
-
-# The graph
-
-
-def _check_interface(graph: ir.Graph, inputs: tuple[str, ...], axes: Mapping[str, Axes], role: str) -> None:
-    """Refuse an export that lost an input or fixed an axis, which the exporter does without a word."""
-    given = [value.name for value in graph.inputs]
-    lost = [name for name in inputs if name not in given]
-    if lost:
-        raise SurgeryError(f"the export of {role!r} has lost the input {lost[0]!r}")
-    for value in (*graph.inputs, *graph.outputs):
-        name = value.name or ""
-        for index, (wanted, size) in enumerate(zip(axes_of(axes, name), value.shape or (), strict=True)):
-            if wanted is not None and isinstance(size, int):
-                raise SurgeryError(f"the export of {role!r} has fixed axis {index} of {name!r} to {size}")
-
-
-# Weights
-
-
-class WeightsFile:
-    """One file that holds the weights of several models, each as its export gave it: sharing them is a pass's work.
-
-    Args:
-        path: The file to write.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._places: dict[ir.Value, int] = {}
-        path.unlink(missing_ok=True)  # the regions of an earlier export into this folder keep the old file
-        path.touch()
-
-    def take(self, model: ir.Model) -> None:
-        """Write what the model's initializers hold; small ones become tensors of their own.
-
-        Raises:
-            OutputError: The file cannot be written.
-        """
-        try:
-            with self._path.open("r+b") as file:
-                file.seek(0, io.SEEK_END)
-                for value in model.graph.initializers.values():
-                    self._take(value, file)
-        except OSError as error:
-            raise OutputError(
-                f"{self._path}: cannot write the weights: {error.strerror}", hint="free space, or choose another folder"
-            ) from error
-
-    def _take(self, value: ir.Value, file: BinaryIO) -> None:
-        tensor = value.const_value
-        assert tensor is not None
-        array = np.ascontiguousarray(tensor.numpy())
-        if array.nbytes < INLINE_BYTES:
-            value.const_value = ir.Tensor(array.reshape(tensor.shape.numpy()).copy(), tensor.dtype, name=value.name)
-            return
-        self._places[value] = file.seek(-(-file.tell() // WEIGHTS_ALIGNMENT) * WEIGHTS_ALIGNMENT)
-        file.write(array.reshape(-1).view(np.uint8).data)
-
-    def hand_out(self) -> None:
-        """Let the initializers read from the file, so that PyTorch's memory is not kept alive by them."""
-        file = DataFile(self._path)
-        for value, offset in self._places.items():
-            tensor = value.const_value
-            assert tensor is not None
-            value.const_value = Region(file, offset, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=value.name)
+def _another_opset(opset: int) -> str:
+    """Attention is one operator from opset 23 on, which takes less than the dozen operators before it."""
+    if opset > OLDEST_OPSET:
+        return f"source.opset: {OLDEST_OPSET}, where attention is written out in plain operators"
+    return f"leave source.opset out, which means {DEFAULT_OPSET}"

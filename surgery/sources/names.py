@@ -64,6 +64,34 @@ ENCODER_DECODER: Mapping[str, Mapping[str, Axes]] = {
     },
 }
 
+# Whisper's encoder takes 30 seconds of sound, no more and no less: of its free axes only the batch is left.
+SPEECH: Mapping[str, Mapping[str, Axes]] = {
+    "encoder": {"input_features": (BATCH, None, None), "last_hidden_state": (BATCH, None, None)},
+    "prefill": {
+        "input_ids": (BATCH, DECODER_LENGTH),
+        "encoder_hidden_states": (BATCH, None, None),
+        "logits": (BATCH, DECODER_LENGTH, None),
+        "present.decoder": (BATCH, None, DECODER_LENGTH, None),
+        "present.encoder": (BATCH, None, None, None),
+    },
+    "decode": {
+        "input_ids": (BATCH, DECODER_LENGTH),
+        "encoder_hidden_states": (BATCH, None, None),
+        "past_key_values.decoder": (BATCH, None, PAST, None),
+        "past_key_values.encoder": (BATCH, None, None, None),
+        "logits": (BATCH, DECODER_LENGTH, None),
+        "present.decoder": (BATCH, None, f"{PAST} + {DECODER_LENGTH}", None),
+    },
+}
+
+ENCODER_ONLY: Mapping[str, Axes] = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (BATCH, LENGTH))
+"""The inputs of an encoder; the outputs depend on its head."""
+
+ONE_A_ROW: Mapping[str, Axes] = {"logits": (BATCH, None)}
+ONE_A_TOKEN: Mapping[str, Axes] = {"logits": (BATCH, LENGTH, None)}
+SPAN: Mapping[str, Axes] = dict.fromkeys(("start_logits", "end_logits"), (BATCH, LENGTH))
+STATES: Mapping[str, Axes] = {"last_hidden_state": (BATCH, LENGTH, None), "pooler_output": (BATCH, None)}
+
 CACHE_PART = re.compile(r"\.\d+(?=\.)|\.(key|value)$")
 
 

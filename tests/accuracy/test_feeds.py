@@ -17,6 +17,8 @@ from surgery.accuracy.judge import Judge
 from surgery.accuracy.runners import ModelProgram
 from surgery.accuracy.samples import Samples
 from surgery.claims import Take
+from surgery.errors import SurgeryError
+from surgery.text import parse
 
 
 class Runs:
@@ -299,3 +301,22 @@ def test_a_later_model_is_fed_through_the_claims(pair: Bundle) -> None:
         feeds = list(judge.feeds(later, "prefill"))
         assert [sorted(feed) for feed in feeds] == [["attention_mask", "position_ids", "words"]] * 5
         assert judge.run(later["prefill"], feeds[0])["logits"].shape == (1, 1, VOCABULARY)
+
+
+SEQUENCE_IN = """
+g (seq(int64[2]) xs) => (int64[2] y) {
+    zero = Constant <value_int = 0> ()
+    y = SequenceAt(xs, zero)
+}
+"""
+SEQUENCE_OUT = "g (int64[2] x) => (int64[2] y, seq(int64[2]) zs) { y = Neg(x) zs = SequenceConstruct(x, y) }"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(SEQUENCE_IN, "the input 'xs' is no tensor"), (SEQUENCE_OUT, "the output 'zs' is no tensor")]
+)
+def test_a_sequence_is_said_to_be_beyond_the_check(text: str, said: str) -> None:
+    with closing(Judge(Bundle({"model": parse(text)}), Check())) as judge, pytest.raises(SurgeryError) as caught:
+        judge.judge_source()
+    assert said in caught.value.message
+    assert caught.value.hint == "--no-check"

@@ -1,18 +1,13 @@
-"""Hugging Face models, exported on the way: the interface, the numbers, the weights, and what is said when it fails."""
+"""Hugging Face models, exported on the way: the interface, the weights, and what is said when it fails."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,234 +15,112 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from surgery.errors import ModelFileError, RecipeError, SurgeryError
-from surgery.runtime.loops import Callee, greedy, position_ids
-from surgery.sources import huggingface, names
-from surgery.sources.huggingface import FAMILIES, Exported, export, read_config, roles_of
-from surgery.storage.region import Region
-
 pytest.importorskip("torch")
 pytest.importorskip("transformers.exporters")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
-Arrays = dict[str, np.ndarray]
+from pretrained_cases import (
+    VOCABULARY,
+    Case,
+    decoder_feeds,
+    interface,
+    left_padded,
+    save_tiny,
+)
 
-LIMIT = 1e-4  # of the largest error, in units of the reference's root mean square
-VOCABULARY = 67
-IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-LLAMA = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "max_position_embeddings": 256, **HEADS}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
-BART = {
-    "d_model": 32,
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
-    "max_position_embeddings": 256,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-}
-TINY: Mapping[str, Mapping[str, Any]] = {
-    "gpt2": {"n_positions": 256, "n_embd": 32, "n_layer": 1, "n_head": 4},
-    "gpt_neox": LLAMA,
-    "llama": LLAMA,
-    "mistral": {**LLAMA, "sliding_window": 16},
-    "opt": {**LLAMA, "ffn_dim": 64, "word_embed_proj_dim": 32},
-    "qwen2": LLAMA,
-    "qwen3": {**LLAMA, "head_dim": 8},
-    "bart": BART,
-    "marian": BART,
-    "mt5": T5,
-    "t5": T5,
-}
-
-
-def save_tiny(model_type: str, folder: Path) -> Path:
-    """Save a tiny model whose biases and norms are random too; left at 0 and 1, exporters drop and share them."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    config = AutoConfig.for_model(model_type, **TINY[model_type], **IDS)
-    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    torch.manual_seed(0)
-    model = loader.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    model.eval().save_pretrained(folder)
-    return folder
-
-
-class Session:
-    """The exported models in ONNX Runtime."""
-
-    def __init__(self, exported: Exported, folder: Path) -> None:
-        self.sessions = {role: _session(model, folder / f"{role}.onnx") for role, model in exported.models.items()}
-
-    def inputs(self, role: str) -> list[str]:
-        return [value.name for value in self.sessions[role].get_inputs()]
-
-    def run(self, role: str, feeds: Mapping[str, np.ndarray]) -> Arrays:
-        outputs = [value.name for value in self.sessions[role].get_outputs()]
-        given = {name: feeds[name] for name in self.inputs(role)}
-        return dict(zip(outputs, self.sessions[role].run(None, given), strict=True))
-
-
-def _session(model: ir.Model, path: Path) -> Any:
-    # Saving moves a model's weights, and the tests look at where those of the export are.
-    ir.save(model.clone(), path, external_data=f"{path.name}_data")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-@dataclass(frozen=True)
-class Case:
-    """A tiny model: its folder, its export, that export in a runtime, and what the terminal showed meanwhile."""
-
-    folder: Path
-    exported: Exported
-    onnx: Session
-    said: tuple[str, ...]
-    shown: str
-
-
-@contextmanager
-def terminal() -> Iterator[Callable[[], str]]:
-    """Catch what is written to the process's standard output and error, whoever writes it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
-        kept = [os.dup(1), os.dup(2)]
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-
-        def shown() -> str:
-            file.seek(0)
-            return file.read().decode(errors="replace")
-
-        try:
-            yield shown
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
-
-
-def make_case(model_type: str, folder: Path, opset: int | None = None) -> Case:
-    save_tiny(model_type, folder / "source")
-    said: list[str] = []
-    with terminal() as shown:
-        exported = export(str(folder / "source"), opset=opset, scratch=folder / "scratch", progress=said.append)
-        text = shown()
-    return Case(folder / "source", exported, Session(exported, folder), tuple(said), text)
-
-
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case("gpt2", tmp_path_factory.mktemp("gpt2"))
-
-
-@pytest.fixture(scope="session")
-def t5(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case("t5", tmp_path_factory.mktemp("t5"))
-
-
-# Feeds
-
-
-def some_ids(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng([batch, length]).integers(2, VOCABULARY, (batch, length))
-
-
-def left_padded(batch: int, length: int) -> np.ndarray:
-    """Return a mask [batch, length] whose last row is full and the others are not, where there is room."""
-    mask = np.ones((batch, length), np.int64)
-    for row in range(batch - 1):
-        mask[row, : min(row + 1 + length // 3, length - 1)] = 0
-    return mask
-
-
-def as_past(outputs: Arrays, length: int) -> Arrays:
-    """Return the caches of a prefill, its own tokens cut to a length."""
-    past = {name.replace("present", "past_key_values"): x for name, x in outputs.items() if name.startswith("present")}
-    return {name: x if ".encoder." in name else x[:, :, :length] for name, x in past.items()}
-
-
-def decoder_feeds(mask: np.ndarray, length: int, past: Arrays) -> Arrays:
-    """Return the feeds of the last `length` tokens under a mask; a model without `position_ids` does not take them."""
-    ids = some_ids(len(mask), length)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)[:, -length:], **past}
-
-
-def assert_close(role: str, case: Case, feeds: Arrays) -> Arrays:
-    """Assert that ONNX Runtime gives what PyTorch gives, at padding too; return it."""
-    given = {name: feeds[name] for name in case.onnx.inputs(role)}
-    wanted, got = case.exported.reference.run(role, given), case.onnx.run(role, given)
-    assert list(got) == list(wanted)
-    for name, array in wanted.items():
-        assert got[name].shape == array.shape, name
-        error = np.abs(got[name] - array).max() / np.sqrt(np.square(array).mean())
-        assert error < LIMIT, f"{role}: {name} is off by {error}"
-    return wanted
-
-
-def assert_decoder_only_agrees(case: Case, lengths: tuple[int, ...]) -> None:
-    for batch in (1, 3):
-        for length in lengths:
-            mask = left_padded(batch, length)
-            outputs = assert_close("prefill", case, decoder_feeds(mask, length, {}))
-            for new in (1, 4):
-                longer = np.concatenate([mask, np.ones((batch, new), np.int64)], axis=1)
-                assert_close("decode", case, decoder_feeds(longer, new, as_past(outputs, length)))
-
-
-def assert_encoder_decoder_agrees(case: Case, lengths: tuple[int, ...]) -> None:
-    for batch in (1, 3):
-        for length in lengths:
-            mask = left_padded(batch, length)
-            read = {"input_ids": some_ids(batch, length), "attention_mask": mask}
-            states = assert_close("encoder", case, read)["last_hidden_state"]
-            encoded = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-            for prompt in (1, 3):
-                outputs = assert_close("prefill", case, {"input_ids": some_ids(batch, prompt), **encoded})
-                for past, new in ((0, 1), (0, 4), (1, 1), (prompt, 1), (prompt, 4)):
-                    feeds = {"input_ids": some_ids(batch, new), **encoded, **as_past(outputs, past)}
-                    assert_close("decode", case, feeds)
-
-
-def assert_generates_the_same(case: Case) -> None:
-    """Assert equal tokens for a padded batch: a host loop over the exports, and `generate` of transformers."""
-    import torch
-
-    mask = left_padded(3, 9)
-    ids = np.where(mask == 1, some_ids(3, 9), 0)
-    callees = {
-        role: Callee(case.onnx.inputs(role), lambda feeds, role=role: case.onnx.run(role, feeds))
-        for role in case.exported.models
-    }
-    feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.int64(24)}
-    got = greedy(callees, feeds, case.exported.generation_config)["sequences"]
-    model = case.exported.reference._model
-    tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    whole = model.generate(**tensors, max_new_tokens=24, do_sample=False, num_beams=1).numpy()
-    start = 1 if "encoder" in case.exported.models else ids.shape[1]
-    assert np.array_equal(got, whole[:, start:])
-
+from surgery import Bundle, Check
+from surgery.accuracy.judge import Judge
+from surgery.errors import ModelFileError, RecipeError, SurgeryError
+from surgery.sources import architectures, huggingface, names, origin, weights
+from surgery.sources.huggingface import export, read_config, roles_of
+from surgery.sources.pretrained import Pretrained
+from surgery.storage.region import Region
 
 # What is known before anything is loaded
 
 
-def test_the_roles_follow_from_the_config() -> None:
-    assert roles_of({"model_type": "gpt2"}) == ("prefill", "decode")
-    assert roles_of({"model_type": "t5"}) == ("encoder", "prefill", "decode")
+@pytest.mark.parametrize(
+    ("model_type", "name", "roles"),
+    [
+        ("gpt2", "GPT2LMHeadModel", ("prefill", "decode")),
+        ("llama", "LlamaForCausalLM", ("prefill", "decode")),
+        ("t5", "T5ForConditionalGeneration", ("encoder", "prefill", "decode")),
+        ("t5", "T5WithLMHeadModel", ("encoder", "prefill", "decode")),
+        ("marian", "MarianMTModel", ("encoder", "prefill", "decode")),
+        ("whisper", "WhisperForConditionalGeneration", ("encoder", "prefill", "decode")),
+        ("bert", "BertForSequenceClassification", ("model",)),
+        ("roberta", "RobertaForMaskedLM", ("model",)),
+        ("distilbert", "DistilBertForQuestionAnswering", ("model",)),
+        ("mpnet", "MPNetModel", ("model",)),
+    ],
+)
+def test_the_roles_follow_from_the_config(model_type: str, name: str, roles: tuple[str, ...]) -> None:
+    assert roles_of({"model_type": model_type, "architectures": [name]}) == roles
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gpt2", "GPT2ForSequenceClassification"),
+        ("gpt2", "GPT2DoubleHeadsModel"),
+        ("gpt2", "GPT2Model"),
+        ("llama", "LlamaForTokenClassification"),
+        ("bert", "BertLMHeadModel"),
+        ("bert", "BertForPreTraining"),
+        ("bert", "BertForMultipleChoice"),
+        ("bart", "BartForCausalLM"),
+        ("bart", "BartForSequenceClassification"),
+        ("t5", "T5EncoderModel"),
+        ("whisper", "WhisperForAudioClassification"),
+        ("bert", "Nonsense"),
+    ],
+)
+def test_a_head_that_is_not_supported_is_not_exported_as_another(model_type: str, name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"cannot export '{name}'; of {model_type}, those are exported") as caught:
+        roles_of({"model_type": model_type, "architectures": [name]})
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bare", "whole"),
+    [
+        ("bart", "BartModel", "BartForConditionalGeneration"),
+        ("marian", "MarianModel", "MarianMTModel"),
+        ("gpt2", "GPT2Model", "GPT2LMHeadModel"),
+        ("qwen3", "Qwen3Model", "Qwen3ForCausalLM"),
+    ],
+)
+def test_a_bare_network_is_refused_with_the_name_of_the_whole_one(model_type: str, bare: str, whole: str) -> None:
+    with pytest.raises(RecipeError, match=f"cannot export '{bare}'") as caught:
+        roles_of({"model_type": model_type, "architectures": [bare]})
+    assert f'"architectures": ["{whole}"]' in caught.value.hint
+
+
+@pytest.mark.parametrize("given", [None, [], ["GPT2LMHeadModel", "GPT2Model"], "GPT2LMHeadModel", [1]])
+def test_a_config_that_does_not_name_one_head_is_refused_with_what_to_write(given: Any) -> None:
+    config = {"model_type": "gpt2"} if given is None else {"model_type": "gpt2", "architectures": given}
+    with pytest.raises(RecipeError, match="of this gpt2 does not say under 'architectures' which head") as caught:
+        roles_of(config)
+    assert '"architectures": ["...LMHeadModel"]' in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("lama", "llama"), ("gemma3", "gemma"), ("distil-bert", "distilbert"), ("bart2", "bart")]
+)
+def test_an_unknown_architecture_near_a_known_one_is_asked_about(given: str, near: str) -> None:
+    with pytest.raises(RecipeError, match=f"did you mean '{near}"):
+        roles_of({"model_type": given})
+
+
+def test_rotary_embeddings_that_grow_in_python_are_refused_before_loading(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_scaling": {"type": "dynamic"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match="cannot export rotary embeddings of type 'dynamic'"):
+        export(str(tmp_path), scratch=tmp_path / "scratch")
 
 
 def test_roles_and_config_are_told_without_importing_torch_or_transformers(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
     code = (
         "import sys; from surgery.sources.huggingface import read_config, roles_of; "
         f"print(roles_of(read_config({str(tmp_path)!r}))); print({{'torch', 'transformers'}} & set(sys.modules))"
@@ -258,19 +131,15 @@ def test_roles_and_config_are_told_without_importing_torch_or_transformers(tmp_p
 
 @pytest.mark.parametrize("config", [{"model_type": "mamba"}, {}, {"model_type": ["gpt2"]}])
 def test_an_unknown_architecture_is_named_with_those_that_are_supported(config: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"cannot export the architecture .*; supported are bart, gpt2, ") as caught:
+    with pytest.raises(RecipeError, match=r"cannot export the architecture .*; supported are albert, bart, ") as caught:
         roles_of(config)
     assert repr(config.get("model_type")) in str(caught.value)
     assert "folder of .onnx files" in caught.value.hint
 
 
-def test_every_family_has_a_tiny_model_in_these_tests() -> None:
-    assert set(TINY) == set(FAMILIES)
-
-
 @pytest.mark.parametrize("opset", [7, 17, 30])
 def test_an_opset_that_no_export_can_have_is_refused_at_once(tmp_path: Path, opset: int) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
     with pytest.raises(RecipeError, match=f"cannot export at opset {opset}"):
         export(str(tmp_path), opset=opset, scratch=tmp_path / "scratch")
 
@@ -311,7 +180,7 @@ def test_a_hub_that_cannot_be_reached_is_said_within_seconds(monkeypatch: pytest
 
 
 def test_a_name_that_no_hub_model_can_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface, "_hub_answers", lambda: False)
+    monkeypatch.setattr(origin, "_hub_answers", lambda: False)
     with pytest.raises(RecipeError, match="neither a local folder nor a model on the Hub"):
         read_config("no such model!")
 
@@ -356,36 +225,43 @@ def test_weights_of_another_size_are_refused(copy: Path, tmp_path: Path) -> None
         export(str(copy), scratch=tmp_path / "scratch")
 
 
-def test_a_failure_of_the_exporter_names_the_model_the_versions_and_the_way_out(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("conversion failed") from AssertionError("q_num_heads\nand a long story")
-
-    monkeypatch.setattr(OnnxExporter, "export", fail)
-    with pytest.raises(SurgeryError) as caught:
+def test_weights_of_a_class_that_the_model_type_does_not_have_are_refused(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ModelFileError, match="names 'LlamaForCausalLM', but its model_type 'gpt2'") as caught:
         export(str(copy), scratch=tmp_path / "scratch")
-    assert re.search(
-        r"copy: torch \S+ and transformers \S+ cannot export 'prefill' of GPT2LMHeadModel at opset \d+: q_num_heads$",
+    assert "config.json" in caught.value.hint
+
+
+@pytest.fixture
+def falcon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that torch 2.13 does not export at opset 23: its only head of keys is not that of the queries."""
+    families = {**architectures.FAMILIES, "falcon": architectures.DECODER_ONLY}
+    monkeypatch.setattr(architectures, "FAMILIES", families)
+    return save_tiny("falcon", tmp_path / "falcon", hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+
+
+def test_a_failure_inside_torch_names_the_model_the_role_the_versions_and_the_way_out(
+    falcon: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SurgeryError) as caught:
+        export(str(falcon), scratch=tmp_path / "scratch")
+    assert re.fullmatch(
+        r"\S+/falcon: cannot export 'prefill' of FalconForCausalLM at opset 23 "
+        r"\(torch \S+, transformers \S+, onnxscript \S+\): SDPA \(MHA\) requires q_num_heads = kv_num_heads",
         caught.value.message,
     )
+    assert "source.opset: 18" in caught.value.hint
     assert "optimum-cli" in caught.value.hint
 
 
+@pytest.mark.long
+def test_the_way_out_of_a_failure_inside_torch_leads_out(falcon: Path, tmp_path: Path) -> None:
+    exported = export(str(falcon), opset=18, scratch=tmp_path / "scratch")
+    assert list(exported.models) == ["prefill", "decode"]
+
+
 # The interface
-
-
-def interface(case: Case, role: str) -> str:
-    graph = case.exported.models[role].graph
-    lines = []
-    for arrow, values in (("in ", graph.inputs), ("out", graph.outputs)):
-        for value in values:
-            assert value.shape is not None
-            sizes = ", ".join(str(size if isinstance(size, int) else size.value) for size in value.shape)
-            lines.append(f"{arrow} {value.name} [{sizes}] {value.dtype}")
-    return "\n".join(lines)
 
 
 def test_a_decoder_has_the_names_of_optimum(gpt2: Case) -> None:
@@ -441,7 +317,28 @@ def test_an_encoder_decoder_has_the_names_of_optimum(t5: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_an_encoder_has_the_names_of_optimum(bert: Case) -> None:
+    assert list(bert.exported.models) == ["model"]
+    assert interface(bert, "model") == (
+        "in  input_ids [batch_size, sequence_length] INT64\n"
+        "in  attention_mask [batch_size, sequence_length] INT64\n"
+        "in  token_type_ids [batch_size, sequence_length] INT64\n"
+        "out last_hidden_state [batch_size, sequence_length, 32] FLOAT\n"
+        "out pooler_output [batch_size, 32] FLOAT"
+    )
+
+
+def test_an_encoder_that_was_saved_without_a_pooler_gets_none(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = save_tiny("bert", tmp_path / "bert", "Model")
+    kept = {name: x for name, x in load_file(folder / "model.safetensors").items() if not name.startswith("pooler.")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    exported = export(str(folder), scratch=tmp_path / "scratch")
+    assert [value.name for value in exported.models["model"].graph.outputs] == ["last_hidden_state"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
 def test_no_symbol_of_the_exporter_is_left_in_any_shape(name: str, request: pytest.FixtureRequest) -> None:
     for model in request.getfixturevalue(name).exported.models.values():
         values = [value for node in model.graph.all_nodes() for value in node.outputs if value.shape is not None]
@@ -450,7 +347,7 @@ def test_no_symbol_of_the_exporter_is_left_in_any_shape(name: str, request: pyte
         assert "batch_size" in sizes
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
 def test_no_path_of_this_machine_is_left_in_the_models(name: str, request: pytest.FixtureRequest) -> None:
     for model in request.getfixturevalue(name).exported.models.values():
         assert b"site-packages" not in ir.to_proto(model).SerializeToString()
@@ -474,45 +371,6 @@ def test_an_export_keeps_the_terminal_clean_and_tells_its_steps(name: str, reque
     case = request.getfixturevalue(name)
     assert case.shown == ""
     assert case.said == (f"loading {case.folder}", *(f"exporting {role}" for role in case.exported.models))
-
-
-# The numbers
-
-
-def test_a_decoder_answers_as_pytorch_at_any_length_batch_and_padding(gpt2: Case) -> None:
-    assert_decoder_only_agrees(gpt2, (1, 2, 7, 8, 33, 200))
-
-
-def test_an_encoder_decoder_answers_as_pytorch_at_any_length_batch_and_padding(t5: Case) -> None:
-    assert_encoder_decoder_agrees(t5, (1, 2, 7, 8, 33, 200))
-
-
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 5), (3, 5)])
-def test_decode_after_an_empty_past_is_a_prefill(gpt2: Case, batch: int, length: int) -> None:
-    feeds = decoder_feeds(left_padded(batch, length), length, {})
-    outputs = assert_close("prefill", gpt2, feeds)
-    again = assert_close("decode", gpt2, feeds | as_past(outputs, 0))
-    for name, array in outputs.items():
-        np.testing.assert_allclose(again[name], array, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_generation_over_the_exports_gives_the_tokens_of_transformers(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    assert_generates_the_same(request.getfixturevalue(name))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("opset", [18, None])
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_every_family_answers_and_generates_as_pytorch(model_type: str, opset: int | None, tmp_path: Path) -> None:
-    case = make_case(model_type, tmp_path, opset)
-    if "encoder" in case.exported.models:
-        assert_encoder_decoder_agrees(case, (1, 2, 33))
-    else:
-        assert_decoder_only_agrees(case, (1, 2, 33))
-    assert_generates_the_same(case)
 
 
 # The reference
@@ -549,7 +407,7 @@ def test_large_weights_are_in_one_file_and_each_model_has_its_own(gpt2: Case) ->
         value.const_value
         for model in gpt2.exported.models.values()
         for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes >= huggingface.INLINE_BYTES
+        if value.const_value is not None and value.const_value.nbytes >= weights.INLINE_BYTES
     ]
     assert all(isinstance(region, Region) for region in regions)
     places = {region.place for region in regions}  # type: ignore[union-attr]
@@ -566,9 +424,9 @@ def test_a_second_export_into_a_folder_leaves_the_weights_of_the_first(tmp_path:
 
     for content in (array, -array):
         model = model_of(content)
-        weights = huggingface.WeightsFile(tmp_path / "weights.bin")
-        weights.take(model)
-        weights.hand_out()
+        file = weights.WeightsFile(tmp_path / "weights.bin")
+        file.take(model)
+        file.hand_out()
         if content is array:
             first = model
     kept = first.graph.initializers["w"].const_value
@@ -579,7 +437,7 @@ def test_a_second_export_into_a_folder_leaves_the_weights_of_the_first(tmp_path:
 def test_configs_and_tokenizer_travel_and_nothing_else(gpt2: Case, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tokenizer.json", "merges.txt", "training_args.bin", "README.md"):
         (copy / name).write_text("{}")
-    found = huggingface._Origin.of(str(copy)).companions()
+    found = origin.Origin.of(str(copy)).companions()
     assert set(found) == {"config.json", "generation_config.json", "tokenizer.json", "merges.txt"}
     assert gpt2.exported.config["model_type"] == "gpt2"
     assert gpt2.exported.generation_config["eos_token_id"] == 1
@@ -594,60 +452,73 @@ def test_a_model_without_a_generation_config_gets_that_of_transformers(gpt2: Cas
     assert json.loads(content) == made
 
 
-# Names
+def test_an_encoder_travels_without_a_generation_config(bert: Case) -> None:
+    assert bert.exported.generation_config == {}
+    assert set(bert.exported.files) == {"config.json"}
 
 
-def draw(text: str) -> ir.Graph:
-    import onnx.parser
-
-    return ir.from_proto(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 18]>\n{text}')).graph
+# Names of transformers.exporters
 
 
-AXES = {"input_ids": ("batch_size", "length"), "mask": ("batch_size", "past + length"), "y": ("batch_size", "length")}
+@pytest.fixture(scope="session")
+def kept(gpt2: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Any]:
+    opened = Pretrained(str(gpt2.folder), None, "keep").open(tmp_path_factory.mktemp("kept"), lambda _: None)
+    return opened.bundle, opened.reference
 
 
-def test_symbols_become_the_names_of_the_axes_wherever_they_stand() -> None:
-    graph = draw(
-        "g (float[s1, s2] input_ids, float[s3, s4] mask) => (float[s1, s2] y) { a = Neg(mask)  y = Neg(input_ids) }"
-    )
-    neg = graph[0].outputs[0]
-    for text, wanted in (
-        ("s1", "batch_size"),
-        ("s3", "batch_size"),
-        ("s4", "past + length"),
-        ("2*s2", "2*length"),
-        ("s1*s4", "batch_size*(past + length)"),
-        ("s4 + s9", None),
-        ("u0", None),
-    ):
-        neg.shape = ir.Shape([text])
-        names.name_axes(graph, AXES)
-        assert neg.shape[0].value == wanted
-        for value, symbols in ((graph.inputs[0], ("s1", "s2")), (graph.inputs[1], ("s3", "s4"))):
-            value.shape = ir.Shape(symbols)
+def names_of(bundle: Bundle, role: str) -> list[str]:
+    graph = bundle[role].graph
+    return [value.name or "" for value in (*graph.inputs, *graph.outputs)]
 
 
-def test_one_symbol_for_two_sizes_is_refused() -> None:
-    graph = draw("g (float[s1, s1] input_ids, float[s3, s4] mask) => (float[s1, s1] y) { y = Neg(input_ids) }")
-    with pytest.raises(SurgeryError, match="takes 'batch_size' and 'length' for one size, at 'input_ids'"):
-        names.name_axes(graph, AXES)
+def test_kept_names_are_those_of_the_exporter(kept: tuple[Bundle, Any]) -> None:
+    bundle, _ = kept
+    plain = ["input_ids", "attention_mask", "position_ids"]
+    first = [f"past_key_values.layers.0.{part}" for part in ("keys", "values")]
+    assert names_of(bundle, "prefill") == [*plain, "logits", *first]
+    past, present = ([f"{side}.{name}" for name in first] for side in ("input", "output"))
+    assert names_of(bundle, "decode") == [*plain, *past, "logits", *present]
 
 
-def test_an_axis_that_the_exporter_fixed_is_refused() -> None:
-    graph = draw("g (float[s1, 1] input_ids, float[s3, s4] mask) => (float[s1, 1] y) { y = Neg(input_ids) }")
-    with pytest.raises(SurgeryError, match="'decode' has fixed axis 1 of 'input_ids' to 1"):
-        huggingface._check_interface(graph, ("input_ids", "mask"), AXES, "decode")
+def test_an_export_with_kept_names_is_judged_against_pytorch(kept: tuple[Bundle, Any]) -> None:
+    bundle, reference = kept
+    judge = Judge(bundle, Check(lengths=(2, 5), past=(0, 1, 5), batches=(1, 2)), reference)
+    verdict = judge.judge_source()
+    judge.close()
+    assert verdict.is_accurate, verdict
+    assert verdict.coverage["decode"].traits["past"] == {"0", "1", "5"}
+    assert verdict.coverage["decode"].traits["padding"] == {"yes", "no"}
 
 
-def test_an_input_that_the_exporter_lost_is_refused() -> None:
-    graph = draw("g (float[s1, s2] input_ids) => (float[s1, s2] y) { y = Neg(input_ids) }")
-    with pytest.raises(SurgeryError, match="'decode' has lost the input 'mask'"):
-        huggingface._check_interface(graph, ("input_ids", "mask"), AXES, "decode")
+@pytest.mark.long
+def test_kept_names_are_those_of_the_exporters_own_decomposition(gpt2: Case, t5: Case, tmp_path: Path) -> None:
+    """What transformers.exporters 5.23 calls the same tensors, exported by itself."""
+    import torch
+    import transformers
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    for case, loader in ((gpt2, "AutoModelForCausalLM"), (t5, "AutoModelForSeq2SeqLM")):
+        model = getattr(transformers, loader).from_pretrained(case.folder).eval()
+        inputs = {"input_ids": torch.full((2, 5), 3), "attention_mask": torch.tensor(left_padded(2, 5))}
+        config = OnnxConfig(dynamic=True, opset_version=18)
+        with huggingface.quiet():
+            theirs = OnnxExporter().export_for_generation(model, inputs, config).components
+            ours = Pretrained(str(case.folder), None, "keep").open(tmp_path, lambda _: None).bundle
+        for role, component in theirs.items():
+            graph = component.program.graph
+            given = {value.name for value in (*graph.inputs, *graph.outputs)}
+            assert set(names_of(ours, role)) <= given
 
 
-def test_names_with_dots_nest_and_flatten_back() -> None:
-    flat = {"input_ids": 1, "past_key_values.0.decoder.key": 2, "past_key_values.10.encoder.value": 3}
-    nested = names.nest(flat)
-    assert nested["past_key_values"] == {"0": {"decoder": {"key": 2}}, "10": {"encoder": {"value": 3}}}
-    assert names.flatten(nested) == flat
-    assert names.CACHE_PART.sub("", "past_key_values.10.encoder.value") == "past_key_values.encoder"
+@pytest.mark.long
+def test_an_encoder_decoder_with_kept_names_is_judged_against_pytorch(t5: Case, tmp_path: Path) -> None:
+    opened = Pretrained(str(t5.folder), None, "keep").open(tmp_path, lambda _: None)
+    assert names_of(opened.bundle, "decode")[:3] == [
+        "decoder_input_ids",
+        "encoder_outputs.last_hidden_state",
+        "attention_mask",
+    ]
+    judge = Judge(opened.bundle, Check(lengths=(2, 5), past=(0, 1, 5)), opened.reference)
+    verdict = judge.judge_source()
+    judge.close()
+    assert verdict.is_accurate, verdict
