@@ -185,22 +185,32 @@ def _module_of(node: ir.Node) -> str:
 
 
 def name_weights(graph: ir.Graph, model: Any) -> None:
-    """Name a weight that the exporter transposed, and called `val_196`, after the parameter that it was made of."""
+    """Name a weight that the exporter computed, and called `val_196`, after the parameter that it was made of.
+
+    It transposes the weights of linear layers, and adds the one of Gemma's norms: `....weight.transposed`,
+    `....weight.plus_one`.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for value in list(graph.initializers.values()):
-        if value.name in parameters or value.const_value is None or len(value.const_value.shape) != 2:
-            continue
         modules = {(node.name or "").partition("/")[0] for node, _ in value.uses()}
         name = f"{min(modules)}.weight" if len(modules) == 1 else ""
-        new_name = f"{name}.transposed"
-        if new_name not in graph.initializers and _is_transposed(value.const_value, parameters.get(name)):
+        if value.name in parameters or value.const_value is None or name not in parameters:
+            continue
+        made = _made_by(value.const_value, parameters[name])
+        new_name = f"{name}.{made}"
+        if made and new_name not in graph.initializers:
             value.name = value.const_value.name = new_name
 
 
-def _is_transposed(tensor: ir.TensorProtocol, parameter: Any) -> bool:
-    if parameter is None or tuple(parameter.shape) != tuple(reversed(tensor.shape.numpy())):
-        return False
-    return np.array_equal(tensor.numpy(), parameter.detach().numpy().T)
+def _made_by(tensor: ir.TensorProtocol, parameter: Any) -> str:
+    """Return what was done to a parameter, empty for none of what is known."""
+    shape, given = tuple(tensor.shape.numpy()), tuple(parameter.shape)
+    array = parameter.detach().numpy()
+    if len(shape) == 2 and shape == given[::-1] and np.array_equal(tensor.numpy(), array.T):
+        return "transposed"
+    if len(shape) == 1 and shape == given and np.array_equal(tensor.numpy(), array + 1):
+        return "plus_one"
+    return ""
 
 
 def forget_origins(model: ir.Model) -> None:

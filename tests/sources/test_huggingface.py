@@ -227,8 +227,8 @@ def test_weights_of_another_size_are_refused(copy: Path, tmp_path: Path) -> None
 
 def test_weights_of_a_class_that_the_model_type_does_not_have_are_refused(copy: Path, tmp_path: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ModelFileError, match="names 'LlamaForCausalLM', but its model_type 'gpt2'") as caught:
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["OpenAIGPTLMHeadModel"]}))
+    with pytest.raises(ModelFileError, match="names 'OpenAIGPTLMHeadModel', but its model_type 'gpt2'") as caught:
         export(str(copy), scratch=tmp_path / "scratch")
     assert "config.json" in caught.value.hint
 
@@ -364,6 +364,15 @@ def test_nodes_and_weights_bear_the_name_of_their_module(t5: Case) -> None:
     assert not [
         name for name, value in graph.initializers.items() if name.startswith("val_") and len(value.shape or ()) > 1
     ]
+
+
+@pytest.mark.long
+def test_norms_that_add_one_to_their_weight_keep_its_name(tmp_path: Path) -> None:
+    exported = export(str(save_tiny("gemma", tmp_path / "gemma")), scratch=tmp_path / "scratch")
+    for model in exported.models.values():
+        assert "model.norm.weight.plus_one" in model.graph.initializers
+        wide = [name for name, value in model.graph.initializers.items() if value.shape == (32,)]
+        assert not [name for name in wide if not name.endswith(".plus_one")]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
