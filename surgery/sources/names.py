@@ -169,18 +169,19 @@ def name_nodes(graph: ir.Graph) -> None:
     """Name each node by the module that it comes from and its operator: `transformer.h.0.attn.c_proj/Gemm`."""
     counts: dict[str, int] = {}
     for node in graph.all_nodes():
-        scope = _module_of(node)
+        scope = module_of(node)
         name = f"{scope}/{node.op_type}" if scope else node.op_type
         counts[name] = counts.get(name, 0) + 1
         node.name = name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
 
 
-def _module_of(node: ir.Node) -> str:
+def module_of(node: ir.Node) -> str:
+    """Return the path of the PyTorch module that a node comes from, as torch's exporter notes it, empty if not."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     except (ValueError, SyntaxError):
         return ""
-    modules = [scope for scope in scopes[:-1] if not scope.startswith("_empty_nn_module")]
+    modules = [scope for scope in scopes[:-1] if scope and not scope.startswith("_empty_nn_module")]
     return modules[-1] if modules else ""
 
 

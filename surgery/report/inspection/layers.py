@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 
 import onnx_ir as ir
+
+from surgery.sources.names import module_of as torch_module_of
 
 CONSTANTS = "(small constants)"
 FEW_ELEMENTS = 16
@@ -15,7 +16,7 @@ FEW_ELEMENTS = 16
 _MADE_UP = re.compile(r"(.*::)?\w*?_?\d+|\w*constant\w*|c?_?lifted\w*", re.IGNORECASE)
 _MERGED = re.compile(r"_merged_\d+$")
 _NUMBERED = re.compile(r"\d+|(layers?|blocks?|h|resblocks)_\d+", re.IGNORECASE)
-_LEAVES = frozenset(("weight", "bias", "transposed", "kernel", "gamma", "beta", "scale", "zero_point"))
+_LEAVES = frozenset(("weight", "bias", "transposed", "plus_one", "kernel", "gamma", "beta", "scale", "zero_point"))
 _MOST_STEPS = 3
 
 
@@ -68,12 +69,7 @@ def module_of(node: ir.Node) -> str:
     """
     if _has_path(node.name or ""):
         return (node.name or "").strip("/").rpartition("/")[0] if "/" in (node.name or "") else node.name or ""
-    try:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    except (ValueError, SyntaxError):
-        return ""
-    modules = [str(scope) for scope in scopes[:-1] if scope]
-    return modules[-1] if modules else ""
+    return torch_module_of(node)
 
 
 def _has_path(name: str) -> bool:
