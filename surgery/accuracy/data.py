@@ -113,7 +113,7 @@ def _checked(where: str, given: Any, value: ir.Value) -> np.ndarray:
         wanted = "[" + ", ".join(map(str, value.shape)) + "]"
         given_shape = list(array.shape)
         raise RecipeError(f"{where}: the input {value.name!r} has shape {given_shape}, and the model takes {wanted}")
-    if array.size == 0 and not (value.name or "").startswith("past"):
+    if array.size == 0 and not (value.name or "").startswith(("past", "input.past")):
         raise RecipeError(
             f"{where}: the input {value.name!r} is empty, of shape {list(array.shape)}",
             hint="only a cache may be empty; give at least one sample of one token",
