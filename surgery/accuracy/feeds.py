@@ -85,10 +85,11 @@ class FeedMaker:
     def _canonical(self, role: str, model: ir.Model) -> ir.Model:
         """Return a model with canonical names, by which inputs are known here, and remember its own."""
         recognised = recognise(model)
+        if recognised is None or all(own == known for own, known in recognised.canonical.items()):
+            return model
         renamed = model.clone()
         try:
-            if recognised is None or not rename_values(renamed, recognised.canonical):
-                return model
+            rename_values(renamed, recognised.canonical)
         except Refused:
             return model
         self._own_names[role] = {known: own for own, known in recognised.canonical.items()}

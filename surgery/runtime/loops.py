@@ -39,7 +39,7 @@ class Callee:
 
     def __call__(self, feeds: Arrays) -> Arrays:
         own = {self._own[name]: array for name, array in feeds.items() if name in self._own}
-        typed = {name: array.astype(self._integers.get(name, array.dtype)) for name, array in own.items()}
+        typed = {name: array.astype(self._integers.get(name, array.dtype), copy=False) for name, array in own.items()}
         return {self._canonical.get(name, name): array for name, array in self.call(typed).items()}
 
 
