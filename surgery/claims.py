@@ -88,7 +88,6 @@ class CastTo:
 
 
 Edit = Slice | CastTo
-INTEGER_CASTS: frozenset[Edit] = frozenset((CastTo("int32"), CastTo("int64")))
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Fill:
     Once claims are composed, an entry may stand where the input's name stood.
     """
 
-    value: float | bool
+    value: float | bool | str
     dtype: str
     shape: tuple[Dimension, ...] = ()
     edits: tuple[Edit, ...] = ()
@@ -190,14 +189,6 @@ class Claim:
     def is_same(self) -> bool:
         """The program goes by its own name and its interface is what it was."""
         return self.reference == self.candidate and not (self.inputs or self.outputs or self.drops or self.extra)
-
-    @property
-    def is_renaming(self) -> bool:
-        """The program goes by its own name and is what it was, but for names and the width of its integers."""
-        entries = (*self.inputs.values(), *self.outputs.values())
-        edits = [edit for entry in entries if isinstance(entry, Take) for edit in entry.edits]
-        is_same_program = self.reference == self.candidate and not (self.drops or self.extra)
-        return is_same_program and not any(isinstance(entry, Fill) for entry in entries) and set(edits) <= INTEGER_CASTS
 
     def origin(self, output: str) -> str:
         """Return the output of the reference that an output of the candidate is made of, or its own name."""

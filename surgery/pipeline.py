@@ -65,7 +65,7 @@ class Result:
 
         Args:
             folder: The folder; new, unless `overwrite`.
-            layout: `optimum`, `shared` or `single`, as in a recipe.
+            layout: `optimum`, `hub`, `shared` or `single`, as in a recipe.
             overwrite: Replace what an earlier run has written there; files that are not ours stay.
             report: Write `report.json` too.
             progress: Called with the bytes that are written and those that will be.
@@ -169,12 +169,11 @@ def _refuse_check(recipe: Recipe, roles: Sequence[str], planned: Sequence[Planne
             raise RecipeError(f"check.data: the source has no model {role!r}{did_you_mean(role, roles)}")
         if path is not None and not (recipe.folder / path).is_file():
             raise RecipeError(f"check.data: there is no file {recipe.folder / path}")
-    last = planned[-1].roles if planned else tuple(roles)
-    if recipe.check.prompts and not {"prefill", "decode"} <= set(last):
-        raise RecipeError(
-            f"check.prompts: they need the models 'prefill' and 'decode'; at the end there is {', '.join(last)}",
-            hint="leave the prompts out",
-        )
+    if recipe.check.prompts:
+        from surgery.runtime.prompts import roles_of_prompts
+
+        for there in (roles, *(step.roles for step in planned[-1:])):
+            roles_of_prompts(there)
 
 
 def run_recipe(
@@ -201,7 +200,7 @@ def run_recipe(
         SurgeryError: The source cannot be opened, or the recipe does not fit it.
     """
     from surgery.accuracy.judge import Judge
-    from surgery.runtime.prompts import load_tokenizer
+    from surgery.runtime.prompts import refuse_unanswerable
     from surgery.watchers import Accuracy, Ledger, Snapshots, Validity
 
     source = _source_of(recipe) if bundle is None else Given(bundle)
@@ -221,7 +220,7 @@ def run_recipe(
         manager = Manager(judge, [*checks, snapshots, ledger], recipe.check, Path(scratch.name), say)
         try:
             if recipe.check.prompts:
-                load_tokenizer(opened.bundle)
+                refuse_unanswerable(opened.bundle)
             manager.open(opened.bundle, seconds, opened.notes)
             finished = manager.run(opened.bundle, recipe.steps)
         except Stopped as error:

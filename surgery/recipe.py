@@ -93,9 +93,10 @@ class Output(Options):
     """Where the result goes."""
 
     folder: Path = Field(description="The folder to write, relative to the recipe.")
-    layout: Literal["optimum", "shared", "single"] = Field(
+    layout: Literal["optimum", "hub", "shared", "single"] = Field(
         "optimum",
-        description="optimum: X.onnx and X.onnx_data; shared: one weights file for all models; single: no data files.",
+        description="optimum: X.onnx and X.onnx_data; hub: the same in a folder onnx, as transformers.js wants it; "
+        "shared: one weights file for all models; single: no data files.",
     )
     overwrite: bool = Field(False, description="Replace what an earlier run has written to that folder.")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import decoder_pair
+from models import decoder_pair, single_decoder
 
-from surgery import Bundle
-from surgery.errors import RecipeError, Refused
+from surgery import Bundle, Check, Pipeline
+from surgery.errors import RecipeError, Refused, SurgeryError
 from surgery.interfaces import rename_values
-from surgery.runtime.prompts import answer, left_padded, load_tokenizer
+from surgery.runtime.prompts import answer, left_padded, load_tokenizer, refuse_unanswerable, roles_of_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,5 +71,48 @@ def test_a_decoder_with_a_cache_is_no_prefill() -> None:
 def test_without_a_tokenizer_or_decoders_nothing_can_be_asked() -> None:
     with pytest.raises(RecipeError, match=r"no tokenizer\.json"):
         answer(decoder_pair(), ["1"], 4, never)
-    with pytest.raises(Refused, match="'prefill' and 'decode'"):
+    with pytest.raises(RecipeError, match="'prefill' and 'decode'"):
         answer(Bundle({"prefill": decoder_pair()["prefill"]}), ["1"], 4, never)
+
+
+def alone(role: str) -> Bundle:
+    """Return a decoder that takes several tokens at once, as the only model."""
+    return Bundle({role: single_decoder()["model"]}, files=with_tokenizer().files)
+
+
+def test_a_pair_goes_before_a_merged_decoder_and_that_before_a_single_one() -> None:
+    assert roles_of_prompts(("prefill", "decoder", "decode", "encoder")) == ("encoder", "prefill", "decode")
+    assert roles_of_prompts(("decode", "decoder")) == ("decoder",)
+    assert roles_of_prompts(("decode", "encoder")) == ("encoder", "decode")
+    assert roles_of_prompts(["prefill", "decoder"]) == ("decoder",)
+
+
+@pytest.mark.parametrize("roles", [(), ("prefill",), ("encoder",), ("encoder", "prefill")])
+def test_without_a_decoder_that_goes_on_nothing_can_be_asked(roles: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError, match="'prefill' and 'decode', or 'decoder'"):
+        roles_of_prompts(roles)
+
+
+def test_a_single_model_is_told_how_it_could_be_a_decoder() -> None:
+    with pytest.raises(RecipeError) as caught:
+        roles_of_prompts(("model",))
+    assert "source.roles: decoder: FILE" in caught.value.hint
+
+
+@pytest.mark.parametrize("role", ["decoder", "decode"])
+def test_what_could_be_asked_is_known_without_running_anything(role: str) -> None:
+    refuse_unanswerable(alone(role))
+    for broken, said in (
+        (Bundle({"decode": with_tokenizer()["decode"]}, files=alone(role).files), "'decode' takes one token at a time"),
+        (Bundle(alone(role).models), r"no tokenizer\.json"),
+    ):
+        with pytest.raises(SurgeryError, match=said):
+            refuse_unanswerable(broken)
+
+
+def test_what_the_source_could_not_answer_stops_a_run_before_its_first_step() -> None:
+    said: list[str] = []
+    pipeline = Pipeline(["dedup_weights"], Check(prompts=("1+2=",)))
+    with pytest.raises(RecipeError, match=r"no tokenizer\.json"):
+        pipeline.run(decoder_pair(), progress=said.append)
+    assert not any("dedup_weights" in sentence for sentence in said)

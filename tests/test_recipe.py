@@ -93,7 +93,10 @@ def test_yaml_is_1_2_so_words_and_numbers_mean_what_they_say(tmp_path: Path) -> 
         (("[1, 2]", "[1, two]"), "r.yaml:9: batches: input should be a valid integer"),
         (("[1, 2]", "[]"), "r.yaml:9: batches: tuple should have at least 1 item"),
         (("[1, 2]", "[0]"), "r.yaml:9: batches: input should be greater than or equal to 1, not 0"),
-        (("layout: shared", "layout: split"), "r.yaml:12: layout: input should be 'optimum', 'shared' or 'single'"),
+        (
+            ("layout: shared", "layout: split"),
+            "r.yaml:12: layout: input should be 'optimum', 'hub', 'shared' or 'single'",
+        ),
         (("folder: out", "layout: single"), 'r.yaml:12: found duplicate key "layout"'),
         (("  folder: out\n", ""), "r.yaml:10: needs the option 'folder'"),
         (("source:", "sauce:"), "r.yaml"),

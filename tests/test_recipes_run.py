@@ -77,6 +77,49 @@ def test_what_was_saved_is_a_source_again(finished: tuple[str, Path, str], tmp_p
     assert (tmp_path / "again" / "tokenizer.json").is_file()
 
 
+MERGED = {
+    "adder": (["onnx/model.onnx", "onnx/model.onnx_data"], "greedy over decoder as greedy over prefill + decode"),
+    "sorter": (
+        [
+            "decoder_model_merged.onnx",
+            "decoder_model_merged.onnx_data",
+            "encoder_model.onnx",
+            "encoder_model.onnx_data",
+        ],
+        "greedy over encoder + decoder as greedy over encoder + prefill + decode",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_two_decoders_become_one_file_that_is_a_source_again(name: str, tmp_path: Path, surgery: Run) -> None:
+    files, loop = MERGED[name]
+    out = tmp_path / "out"
+    done = surgery("run", ROOT / "recipes" / f"{name}_merged.yaml", "--out", out, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(answer in done.stdout for answer in ANSWERS[name])
+    assert sorted(file.relative_to(out).as_posix() for file in out.rglob("*.onnx*")) == files
+    source, last, merge = json.loads((out / "report.json").read_text())["steps"]
+    assert source["models"] == ROLES[name]
+    assert merge["models"] == [role for role in ("encoder", "decoder") if role in merge["models"]]
+    assert "decoder" in merge["models"]
+    assert merge["verdict"]["step"]["exact"]
+    assert 0 < last["verdict"]["step"]["max_error"] == merge["verdict"]["source"]["max_error"] < 1e-5
+    coverage = merge["verdict"]["coverage"]
+    assert {"decoder as prefill", "decoder as decode", loop} <= set(coverage)
+    assert "past 0, 1, 7, 99" in coverage["decoder as decode"]
+
+    recipe = tmp_path / "again.yaml"
+    (prompt, answer), *_ = (line.split(" -> ") for line in ANSWERS[name])
+    recipe.write_text(f"source: {out}\nsteps: [dedup_weights]\ncheck: {{prompts: ['{prompt}']}}\noutput: again\n")
+    done = surgery("run", recipe)
+    assert done.returncode == 0, done.stderr
+    assert f"{prompt} -> {answer}" in done.stdout
+    again = json.loads((tmp_path / "again" / "report.json").read_text())["steps"][0]
+    assert not again["warnings"]
+    assert "use_cache_branch no, yes" in again["verdict"]["coverage"]["decoder"]
+
+
 def test_the_classifier_labels_pairs_of_numbers(tmp_path: Path, surgery: Run) -> None:
     import numpy as np
     import onnxruntime

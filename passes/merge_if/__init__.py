@@ -8,10 +8,12 @@ from passes.merge_if.hoisting import hoist_common
 from passes.merge_if.interface import Interface, branch_claim
 from passes.merge_if.joining import join
 from passes.merge_if.opsets import level_opsets
-from surgery.claims import Fill
+from passes.merge_if.tensorrt import find_stand_ins, find_violations
+from surgery.claims import Fill, Measure
 from surgery.contract import Bundle, BundlePass, Change, Claim, Context, Effect, Field, makes, takes
 from surgery.errors import Refused
 from surgery.registry import register
+from surgery.runtime.host_loops import greedy_loop
 from surgery.units import in_bytes
 
 
@@ -24,14 +26,16 @@ class MergeIf(BundlePass):
     branches are the two graphs. Any two models can be joined whose equally named inputs and outputs are of one type.
 
     Inputs and outputs are matched by name. An input that only one side takes has to be fed all the same, with a tensor
-    that may be empty; an output that only one side gives is empty when the other side runs. An axis keeps its name where
-    both sides agree on it. Weights of 128 bytes or more become initializers of the main graph, where both branches see
-    them, and equal ones exist once; smaller ones stay in their branch. Other names change only where one would hide
-    another.
+    that may be empty; an output that only one side gives is empty when the other side runs. An axis keeps its name
+    where both sides agree on it. Weights of `min_bytes` or more become initializers of the main graph, where both
+    branches see them, and equal ones exist once; smaller ones stay in their branch, and so do quantized ones, which
+    ONNX Runtime looks for there: equal ones share their bytes in an external data file. Other names change only where
+    one would hide another. The lower operator set is raised to the higher one.
 
     Keeps: names, documentation and metadata of nodes and of the values that are not in each other's way.
 
-    Refuses: inputs or outputs of one name and two types; outputs that only one side gives and that are no tensors.
+    Refuses: inputs or outputs of one name and two types or ranks; inputs and outputs that only one side has and that
+    are no tensors; operator sets between which an operator has changed that onnx's converter cannot convert.
     """
 
     effect = Effect.EXACT
@@ -42,17 +46,34 @@ class MergeIf(BundlePass):
     flag: str = Field(
         "use_cache_branch", min_length=1, description="Name the boolean input [1] that chooses like this."
     )
+    min_bytes: int = Field(
+        128, ge=1, description="Leave weights that are smaller than this many bytes in the branches that use them."
+    )
+    for_tensorrt: bool = Field(
+        False, description="Make an If that keeps the rules of TensorRT's parser, or refuse with the rule."
+    )
     hoist: bool = Field(False, description="Compute once, before the If, what both branches compute alike.")
 
     def transform(self, bundle: Bundle, context: Callable[[str], Context]) -> Change:
         """Join the two models."""
         models = {role: bundle[role] for role in (self.when_true, self.when_false)}
-        if any(self.flag == value.name for model in models.values() for value in model.graph.inputs):
-            raise Refused(f"an input is called {self.flag!r} already", hint="give the flag another name: flag: ...")
+        if len(set(map(id, models.values()))) == 1:
+            raise Refused(f"{self.when_false!r} is the same model as {self.when_true!r}", hint="name two roles")
+        graphs = [model.graph for model in models.values()]
+        if any(self.flag == value.name for graph in graphs for value in (*graph.inputs, *graph.outputs)):
+            raise Refused(
+                f"an input or output is called {self.flag!r} already", hint="give the flag another name: flag: ..."
+            )
         level_opsets(models)
         interface = Interface.of(models)
-        joined = join(models, interface, self.flag, self.into)
+        if interface.outputs.keys() <= interface.inputs.keys():
+            raise Refused("there is nothing to choose between: every output is an input")
+        stand_ins = find_stand_ins(interface) if self.for_tensorrt else {}
+        joined = join(models, interface, self.flag, self.into, self.min_bytes, stand_ins)
         hoisted = hoist_common(joined.model.graph) if self.hoist else 0
+        violations = find_violations(joined.model) if self.for_tensorrt else []
+        if violations:
+            raise Refused(f"TensorRT would not take it: {'; '.join(violations)}", hint="for_tensorrt: false")
         bundle.models[self.into] = joined.model
         said = f"merged {self.when_true} and {self.when_false}"
         if joined.shared:
@@ -62,13 +83,19 @@ class MergeIf(BundlePass):
         return Change(1, said)
 
     def claims(self, before: Bundle, after: Bundle) -> Sequence[Claim]:
-        """Each branch answers as the model that it was."""
+        """Each branch answers as the model that it was, and greedy generation gives the tokens that it gave."""
         sides = {self.when_true: True, self.when_false: False}
         interface = Interface.of({role: before[role] for role in sides})
-        return [
+        branches = [
             branch_claim(before[role], interface, role, self.into, {self.flag: Fill(is_true, "bool", (1,))})
             for role, is_true in sides.items()
         ]
+        first, second = greedy_loop(before), greedy_loop(after)
+        is_generation = first is not None and set(sides) <= set(first.roles)
+        if first is None or second is None or not is_generation or self.into not in second.roles:
+            return branches
+        others = [Claim.same(role) for role in second.roles if role != self.into]
+        return [*branches, *others, Claim(first, second, measure=Measure.TOKENS)]
 
 
 def _counted(count: int, noun: str) -> str:

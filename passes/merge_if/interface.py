@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -24,19 +24,23 @@ class Interface:
 
     inputs: Mapping[str, Givers]
     outputs: Mapping[str, Givers]
+    doubtful: frozenset[str] = frozenset()
+    """Names of axes that both sides use and nothing says mean the same in both."""
 
     @classmethod
     def of(cls, models: Mapping[str, ir.Model]) -> Interface:
         """Match two models.
 
         Raises:
-            Refused: Values of one name have different types, or inputs of one name different ranks or defaults.
+            Refused: Values of one name have different types or ranks, inputs of one name different defaults, or what
+                only one side has cannot be left out.
         """
-        made = cls(
-            _matched({role: model.graph.inputs for role, model in models.items()}),
-            _matched({role: model.graph.outputs for role, model in models.items()}),
-        )
+        inputs = _matched({role: model.graph.inputs for role, model in models.items()})
+        outputs = _matched({role: model.graph.outputs for role, model in models.items()})
+        made = cls(inputs, outputs, _doubtful_names(models, inputs))
         for name, givers in made.inputs.items():
+            if len(givers) == 1:
+                _refuse_no_tensor(name, givers)
             _refuse_two_types("input", name, givers)
             _refuse_two_ranks("input", name, givers)
             _refuse_two_defaults(name, givers)
@@ -46,12 +50,43 @@ class Interface:
             _refuse_mixed_up(name, givers, made.inputs)
         return made
 
+    def shape(self, givers: Givers) -> ir.Shape | None:
+        """Return what is true of the shape of an input or output, whichever side runs.
+
+        An axis keeps its size or name where both sides agree on it. A name is a promise, so the caller who feeds an
+        input for the side that does not run would have to keep it too: there a doubtful name is left out.
+        """
+        shape = common_shape(tuple(givers.values()))
+        if shape is None or len(givers) > 1:
+            return shape
+        return ir.Shape([None if size in self.doubtful else size for size in sizes_of_shape(shape)])
+
+
+def _doubtful_names(models: Mapping[str, ir.Model], inputs: Mapping[str, Givers]) -> frozenset[str]:
+    """Return the names of axes that both sides use, but for those of one axis of an input that both take."""
+    first, second = (
+        {size for value in (*model.graph.inputs, *model.graph.outputs) for size in sizes_of(value)}
+        for model in models.values()
+    )
+    shared = (zip(*map(sizes_of, givers.values()), strict=False) for givers in inputs.values() if len(givers) > 1)
+    tied = {sizes[0] for axes in shared for sizes in axes if len(set(sizes)) == 1}
+    return frozenset(size for size in (first & second) - tied if isinstance(size, str))
+
 
 def _matched(sides: Mapping[str, Sequence[ir.Value]]) -> dict[str, Givers]:
     """Return values by name, in the order of the side that has more, then what only the other has."""
     by_name = {role: {str(value.name): value for value in values} for role, values in sides.items()}
     names = [*max(by_name.values(), key=len), *(name for values in by_name.values() for name in values)]
     return {name: {role: values[name] for role, values in by_name.items() if name in values} for name in names}
+
+
+def _refuse_no_tensor(name: str, givers: Givers) -> None:
+    role, value = next(iter(givers.items()))
+    if not isinstance(value.type, ir.TensorType) or value.shape is None:
+        raise Refused(
+            f"the input {name!r}, which only {role!r} takes, is no tensor of known rank, so it cannot be fed empty "
+            "when the other runs"
+        )
 
 
 def _refuse_two_types(kind: str, name: str, givers: Givers) -> None:
@@ -115,7 +150,12 @@ def _common_size(sizes: Sequence[Size]) -> Size:
 
 def sizes_of(value: ir.Value) -> Sizes:
     """Return the sizes of a value's axes: a number, a name, or None for one that has neither."""
-    return tuple(size if isinstance(size, int) else size.value for size in value.shape or ())
+    return sizes_of_shape(value.shape or ())
+
+
+def sizes_of_shape(shape: Iterable[int | ir.SymbolicDim]) -> Sizes:
+    """Return sizes as numbers, names, or None."""
+    return tuple(size if isinstance(size, int) else size.value for size in shape)
 
 
 def branch_claim(before: ir.Model, interface: Interface, role: str, merged: str, flag: Mapping[str, Entry]) -> Claim:
@@ -130,13 +170,21 @@ def branch_claim(before: ir.Model, interface: Interface, role: str, merged: str,
         for axis, size in enumerate(sizes_of(value))
         if isinstance(size, str)
     }
-    foreign = {name: givers for name, givers in interface.inputs.items() if role not in givers}
-    zeros = {name: _zeros(next(iter(givers.values())), known) for name, givers in foreign.items()}
+    foreign = {
+        name: givers
+        for name, givers in interface.inputs.items()
+        if role not in givers and all(value.const_value is None for value in givers.values())
+    }
+    zeros = {name: _zeros(interface, givers, known) for name, givers in foreign.items()}
     extra = frozenset(name for name, givers in interface.outputs.items() if role not in givers)
     return Claim(Program(role), Program(merged), inputs={**zeros, **flag}, extra=extra)
 
 
-def _zeros(value: ir.Value, known: Mapping[str, tuple[str, int]]) -> Fill:
-    assert value.dtype is not None
-    shape: list[Dimension] = [size if isinstance(size, int) else known.get(size or "", 0) for size in sizes_of(value)]
-    return Fill(False if value.dtype == ir.DataType.BOOL else 0, str(value.dtype.numpy()), tuple(shape))
+def _zeros(interface: Interface, givers: Givers, known: Mapping[str, tuple[str, int]]) -> Fill:
+    dtype, shape = next(iter(givers.values())).dtype, interface.shape(givers)
+    assert dtype is not None
+    assert shape is not None
+    sizes = sizes_of_shape(shape)
+    dimensions: list[Dimension] = [size if isinstance(size, int) else known.get(size or "", 0) for size in sizes]
+    zero = False if dtype == ir.DataType.BOOL else "" if dtype == ir.DataType.STRING else 0
+    return Fill(zero, str(dtype.numpy()), tuple(dimensions))

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from passes.merge_if.functions import join_functions
-from passes.merge_if.interface import Interface, common_shape, sizes_of
+from passes.merge_if.interface import Givers, Interface, common_shape, sizes_of
 from surgery.errors import Refused
 from surgery.graphs import constant_tensor, constant_to_initializer, fresh_name, graphs_of, lift_initializer
 from surgery.storage import find_twins
 
-# What a branch keeps: shapes, axes and scalars, which ONNX Runtime reads while it optimizes the branch.
-SMALL_BYTES = 128
+# ONNX Runtime 1.31 fuses these with a MatMul, and then fails to load a model whose weight or scale is captured from
+# outside (`qdq_actions.cc: TransposeDQWeightsForMatMulNBits Missing required weight`); see tests/passes/
+# test_merge_if_in_runtime.py.
+QUANTIZED = frozenset({"DequantizeLinear", "QuantizeLinear"})
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,14 @@ class Joined:
     shared_bytes: int
 
 
-def join(models: Mapping[str, ir.Model], interface: Interface, flag: str, name: str) -> Joined:
+def join(
+    models: Mapping[str, ir.Model],
+    interface: Interface,
+    flag: str,
+    name: str,
+    min_bytes: int,
+    stand_ins: Mapping[str, str] = MappingProxyType({}),
+) -> Joined:
     """Join two models, whose nodes move into the merged one; the first runs when the flag is true.
 
     Args:
@@ -36,19 +46,24 @@ def join(models: Mapping[str, ir.Model], interface: Interface, flag: str, name: 
         interface: What they take and give.
         flag: The name of the boolean input.
         name: The name of the merged graph.
+        min_bytes: Smaller weights stay where they are.
+        stand_ins: For outputs that only one side gives, the inputs that stand for them when the other side runs; the
+            other outputs are then empty.
     """
     functions = join_functions(models)
     taken = Counter([flag, *interface.inputs, *interface.outputs])
-    inputs = {name: _merged_input(givers) for name, givers in interface.inputs.items()}
+    inputs = {name: _merged_input(givers, interface.shape(givers)) for name, givers in interface.inputs.items()}
     passing = {name: inputs[name] for name in interface.outputs if name in inputs}
     for model in models.values():
         _drop_outputs(model.graph, passing)
-        _lift_weights(model.graph)
+        _lift_weights(model.graph, min_bytes)
         _take_inputs(model.graph, inputs)
-    weights, shared, shared_bytes = _share_weights(models, taken)
-    branches = {role: _branch(role, model.graph, interface, taken) for role, model in models.items()}
+    weights, shared, shared_bytes = _share_weights(models, taken, min_bytes)
+    standing = {output: inputs[name] for output, name in stand_ins.items()}
+    branches = {role: _branch(role, model.graph, interface, taken, standing) for role, model in models.items()}
     outputs = {
-        name: passing.get(name) or _merged_output(name, *givers.values()) for name, givers in interface.outputs.items()
+        name: passing.get(name) or _merged_output(name, givers, interface, standing.get(name))
+        for name, givers in interface.outputs.items()
     }
     chooser = ir.Value(name=flag, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
     names = ("then_branch", "else_branch")
@@ -72,10 +87,16 @@ def join(models: Mapping[str, ir.Model], interface: Interface, flag: str, name: 
         producer_version=first.producer_version,
         domain=first.domain,
         model_version=first.model_version,
+        doc_string=_same(first.doc_string, second.doc_string),
         metadata_props=_common(first.metadata_props, second.metadata_props),
         functions=functions,
     )
     return Joined(merged, shared, shared_bytes)
+
+
+def _same(first: str | None, second: str | None) -> str | None:
+    """Return what either says and the other does not contradict."""
+    return first or second if not first or not second or first == second else None
 
 
 def _common(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, str]:
@@ -83,12 +104,12 @@ def _common(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, st
     return {key: value for key, value in {**second, **first}.items() if first.get(key, value) == second.get(key, value)}
 
 
-def _merged_input(givers: Mapping[str, ir.Value]) -> ir.Value:
+def _merged_input(givers: Givers, shape: ir.Shape | None) -> ir.Value:
     first = next(iter(givers.values()))
     made = ir.Value(
         name=first.name,
         type=first.type,
-        shape=common_shape(tuple(givers.values())),
+        shape=shape,
         doc_string=first.doc_string,
         const_value=first.const_value,
     )
@@ -97,10 +118,14 @@ def _merged_input(givers: Mapping[str, ir.Value]) -> ir.Value:
     return made
 
 
-def _merged_output(name: str, *values: ir.Value) -> ir.Value:
-    shape = common_shape(values) if len(values) > 1 else _shape_or_empty(values[0])
-    made = ir.Value(name=name, type=values[0].type, shape=shape, doc_string=values[0].doc_string)
-    for value in values:
+def _merged_output(name: str, givers: Givers, interface: Interface, stand_in: ir.Value | None) -> ir.Value:
+    first = next(iter(givers.values()))
+    if stand_in is not None:
+        shape = common_shape((first, stand_in))
+    else:
+        shape = interface.shape(givers) if len(givers) > 1 else _shape_or_empty(first)
+    made = ir.Value(name=name, type=first.type, shape=shape, doc_string=first.doc_string)
+    for value in givers.values():
         made.metadata_props.update(value.metadata_props)
     return made
 
@@ -126,17 +151,17 @@ def _drop_outputs(graph: ir.Graph, passing: Mapping[str, ir.Value]) -> None:
     graph.outputs.extend(kept)
 
 
-def _lift_weights(graph: ir.Graph) -> None:
+def _lift_weights(graph: ir.Graph, min_bytes: int) -> None:
     """Move what is large out of subgraphs and `Constant` nodes."""
     names = Counter(value.name for inner in graphs_of(graph) for value in _values(inner) if value.name)
     for inner in list(graphs_of(graph)):
         for value in list(inner.initializers.values()):
-            if inner is not graph and _is_large(value.const_value) and not value.is_graph_output():
+            if inner is not graph and _is_movable(value, value.const_value, min_bytes):
                 lift_initializer(value, graph, _unhidden(str(value.name), names))
         for node in list(inner):
-            value = node.outputs[0] if node.outputs else None
-            if value is not None and _is_large(constant_tensor(node)) and not value.is_graph_output():
-                constant_to_initializer(value, graph, _unhidden(str(value.name), names))
+            made = node.outputs[0] if node.outputs else None
+            if made is not None and _is_movable(made, constant_tensor(node), min_bytes):
+                constant_to_initializer(made, graph, _unhidden(str(made.name), names))
 
 
 def _unhidden(name: str, names: Counter[str]) -> str:
@@ -146,8 +171,16 @@ def _unhidden(name: str, names: Counter[str]) -> str:
     return fresh_name(name, names)
 
 
-def _is_large(tensor: ir.TensorProtocol | None) -> bool:
-    return tensor is not None and tensor.nbytes >= SMALL_BYTES
+def _is_movable(value: ir.Value, tensor: ir.TensorProtocol | None, min_bytes: int) -> bool:
+    return _is_large(tensor, min_bytes) and not value.is_graph_output() and not _is_quantized(value)
+
+
+def _is_large(tensor: ir.TensorProtocol | None, min_bytes: int) -> bool:
+    return tensor is not None and tensor.nbytes >= min_bytes
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    return any(node.op_type in QUANTIZED for node, _ in value.uses())
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -183,13 +216,15 @@ def _copy_outputs(graph: ir.Graph, value: ir.Value) -> None:
             graph.outputs[index] = node.outputs[0]
 
 
-def _share_weights(models: Mapping[str, ir.Model], taken: Counter[str]) -> tuple[list[ir.Value], int, int]:
+def _share_weights(
+    models: Mapping[str, ir.Model], taken: Counter[str], min_bytes: int
+) -> tuple[list[ir.Value], int, int]:
     """Return the weights for the main graph, each once and under a name of its own, and how much was shared."""
     owned = [
         (role, model.graph, value)
         for role, model in models.items()
         for value in list(model.graph.initializers.values())
-        if _is_large(value.const_value)
+        if _is_large(value.const_value, min_bytes)
     ]
     groups = find_twins([value.const_value for _, _, value in owned if value.const_value is not None])
     leader = {index: group[0] for group in groups for index in group}
@@ -200,6 +235,9 @@ def _share_weights(models: Mapping[str, ir.Model], taken: Counter[str]) -> tuple
         tensor = value.const_value
         assert tensor is not None
         assert value.name is not None
+        if _is_quantized(value):
+            value.const_value = owned[first][2].const_value  # the same bytes, which a data file then has once
+            continue
         if first in made:
             shared, shared_bytes = shared + 1, shared_bytes + tensor.nbytes
         else:
@@ -217,7 +255,9 @@ def _share_weights(models: Mapping[str, ir.Model], taken: Counter[str]) -> tuple
     return list(made.values()), shared, shared_bytes
 
 
-def _branch(role: str, graph: ir.Graph, interface: Interface, taken: Counter[str]) -> ir.Graph:
+def _branch(
+    role: str, graph: ir.Graph, interface: Interface, taken: Counter[str], stand_ins: Mapping[str, ir.Value]
+) -> ir.Graph:
     """Make a branch of a graph that has neither inputs nor large weights any more."""
     given = {str(value.name): value for value in graph.outputs}
     outputs: list[ir.Value] = []
@@ -226,7 +266,8 @@ def _branch(role: str, graph: ir.Graph, interface: Interface, taken: Counter[str
             continue
         value = given.get(name)
         if value is None or value in outputs or value.producer() is None:
-            node = _nothing(role, name, *givers.values()) if value is None else _copied(value, name)
+            copied = stand_ins.get(name) if value is None else value
+            node = _nothing(role, name, *givers.values()) if copied is None else _copied(copied, name)
             graph.append(node)
             value = node.outputs[0]
         outputs.append(value)
@@ -259,9 +300,12 @@ def _nothing(role: str, name: str, value: ir.Value) -> ir.Node:
         raise Refused(
             f"the output {name!r} is not given by {role!r}, and being no tensor of known rank it cannot be left empty"
         )
-    array = np.zeros(_empty(value), dtype=value.type.dtype.numpy())
-    tensor = ir.Tensor(array, value.type.dtype, name=name)
-    made = ir.Value(name=name, type=value.type, shape=ir.Shape(array.shape))
+    dtype, shape = value.type.dtype, ir.Shape(_empty(value))
+    if dtype == ir.DataType.STRING:
+        tensor: ir.TensorProtocol = ir.StringTensor([] if 0 in shape else [b""], shape=shape, name=name)
+    else:
+        tensor = ir.Tensor(np.zeros(_empty(value), dtype=dtype.numpy()), dtype, shape=shape, name=name)
+    made = ir.Value(name=name, type=value.type, shape=shape)
     return ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], outputs=[made], name=f"{name}/absent")
 
 

@@ -10,8 +10,11 @@ import onnx_ir as ir
 from onnx.defs import SchemaError, get_schema
 
 from surgery.errors import Refused
+from surgery.graphs import graphs_of
 from surgery.irpass import move_into
 from surgery.storage.hollow import Stub, Weight, hollow
+
+LONG_NAME = "ai.onnx"
 
 
 def level_opsets(models: Mapping[str, ir.Model]) -> None:
@@ -23,46 +26,69 @@ def level_opsets(models: Mapping[str, ir.Model]) -> None:
     Raises:
         Refused: An operator has changed and cannot be converted.
     """
-    domains = {domain for model in models.values() for domain in model.graph.opset_imports}
-    for domain in sorted(domains):
-        versions = {role: model.graph.opset_imports.get(domain) for role, model in models.items()}
-        wanted = max(version for version in versions.values() if version is not None)
-        for role, version in versions.items():
-            if version is not None and version < wanted:
-                _raise(models[role], role, domain, wanted)
+    for model in models.values():
+        for body in _bodies(model):
+            _use_short_name(body)
+    for domain in sorted({domain for model in models.values() for domain in model.graph.opset_imports}):
+        bodies = [body for model in models.values() for body in _bodies(model)]
+        wanted = max(body.opset_imports.get(domain, 0) for body in bodies)
+        for role, model in models.items():
+            _raise(model, role, domain, wanted)
+
+
+def _bodies(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    return [model.graph, *model.functions.values()]
+
+
+def _use_short_name(body: ir.Graph | ir.Function) -> None:
+    """Let the domain of ONNX's own operators, which has two names, go by the empty one."""
+    version = body.opset_imports.pop(LONG_NAME, None)
+    if version is not None:
+        body.opset_imports.setdefault("", version)
 
 
 def _raise(model: ir.Model, role: str, domain: str, wanted: int) -> None:
-    old = model.graph.opset_imports[domain]
-    changed = sorted({node.op_type for node in _nodes(model) if _has_changed(node, domain, old, wanted)})
+    lower = [body for body in _bodies(model) if body.opset_imports.get(domain, wanted) < wanted]
+    changed = {
+        node.op_type: body.opset_imports[domain]
+        for body in lower
+        for node in body.all_nodes()
+        if _has_changed(node, domain, body.opset_imports[domain], wanted)
+    }
     if not changed:
-        for body in (model.graph, *model.functions.values()):
-            if domain in body.opset_imports:
-                body.opset_imports[domain] = wanted
+        for body in lower:
+            body.opset_imports[domain] = wanted
         return
-    if domain != "" or model.functions:
+    name, old = min(changed.items())
+    nested = sorted({node.op_type for graph in model.graph.subgraphs() for node in graph} & changed.keys())
+    if domain != "" or model.functions or nested:
+        where = ", in a graph inside a node" if nested else ""
         raise Refused(
-            f"{role!r} is of opset {old} of {domain or 'ai.onnx'!r}, the other of {wanted}, and {changed[0]!r} has "
-            "changed in between",
+            f"{role!r} is of opset {old} of {domain or LONG_NAME!r}, the other of {wanted}, and "
+            f"{(nested or [name])[0]!r} has changed in between{where}",
             hint="export both at one opset",
         )
     _convert(model, role, wanted)
 
 
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    for body in (model.graph, *model.functions.values()):
-        yield from body.all_nodes()
-
-
 def _has_changed(node: ir.Node, domain: str, old: int, new: int) -> bool:
+    """Say whether an operator takes, gives or assumes anything else in another version; more types do not count."""
     if node.domain != domain:
         return False
     try:
-        return bool(
-            get_schema(node.op_type, old, domain).since_version != get_schema(node.op_type, new, domain).since_version
-        )
+        return _signature(node.op_type, old, domain) != _signature(node.op_type, new, domain)
     except SchemaError:  # of a domain that onnx does not know, or an operator that is gone
         return True
+
+
+def _signature(op_type: str, version: int, domain: str) -> tuple[object, ...]:
+    schema = get_schema(op_type, version, domain)
+    attributes = {
+        name: (attribute.type, attribute.required, attribute.default_value.SerializeToString())
+        for name, attribute in schema.attributes.items()
+    }
+    ports = [[(port.name, port.option) for port in side] for side in (schema.inputs, schema.outputs)]
+    return attributes, ports, schema.deprecated
 
 
 def _convert(model: ir.Model, role: str, wanted: int) -> None:
@@ -82,7 +108,7 @@ def _convert(model: ir.Model, role: str, wanted: int) -> None:
             f"{role!r} cannot be brought from opset {model.graph.opset_imports['']} to {wanted}: {text[-1]}",
             hint="export both at one opset",
         ) from error
-    for graph in (converted.graph, *converted.graph.subgraphs()):
+    for graph in graphs_of(converted.graph):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = held[int(str(value.const_value.location))]
@@ -90,5 +116,28 @@ def _convert(model: ir.Model, role: str, wanted: int) -> None:
             for name, attribute in list(node.attributes.items()):
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
                     node.attributes[name] = ir.AttrTensor(name, held[int(str(attribute.value.location))])
-    converted.metadata_props.update(model.metadata_props)
+    _keep_metadata(model, converted)
     move_into(converted, model)
+
+
+def _keep_metadata(model: ir.Model, converted: ir.Model) -> None:
+    """Give the metadata back that the converter drops: that of the model, its graph, nodes and values."""
+    nodes = {_key(node): node.metadata_props for node in model.graph.all_nodes()}
+    for node in converted.graph.all_nodes():
+        node.metadata_props.update(nodes.get(_key(node), {}))
+    values = {name: value.metadata_props for name, value in _named_values(model)}
+    for name, value in _named_values(converted):
+        value.metadata_props.update(values.get(name, {}))
+    converted.graph.metadata_props.update(model.graph.metadata_props)
+    converted.metadata_props.update(model.metadata_props)
+    converted.doc_string = model.doc_string
+
+
+def _key(node: ir.Node) -> tuple[str, ...]:
+    return (node.op_type, *(str(value.name) for value in node.outputs))
+
+
+def _named_values(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:
+    for graph in graphs_of(model.graph):
+        for value in (*graph.inputs, *graph.initializers.values(), *(one for node in graph for one in node.outputs)):
+            yield str(value.name), value

@@ -30,7 +30,7 @@ from surgery.accuracy.runners import (
 from surgery.accuracy.samples import Samples
 from surgery.accuracy.verdict import Verdict
 from surgery.bundle import Bundle
-from surgery.claims import AnyProgram, Claim, HostLoop, Program
+from surgery.claims import AnyProgram, Claim, HostLoop, Measure, Program
 from surgery.contract import Effect, Tolerance
 from surgery.errors import RecipeError, StepFailed, SurgeryError
 from surgery.options import did_you_mean
@@ -181,10 +181,11 @@ class Judge:
     def accept(self, claims: Sequence[Claim], effect: Effect, tolerance: Tolerance) -> None:
         """Take a step as done: later steps are compared with what it made.
 
-        What is known of a host loop, which goes by canonical names, outlives a step that at most renames its models.
+        What is known of a host loop, which goes by canonical names, outlives a step after which its models still go by
+        their own roles.
         """
         composed = [root.then(claim) for claim in claims for root in self._ancestors(claim.reference)]
-        same = {role for claim in claims if claim.is_renaming for role in claim.candidate.roles}
+        same = {role for claim in claims if claim.reference == claim.candidate for role in claim.candidate.roles}
         claimed = {claim.candidate for claim in claims}
         loops = [
             root
@@ -204,8 +205,11 @@ class Judge:
         unclaimed = [role for role in cut.new.bundle.models if role not in claimed]
         if unclaimed:
             raise StepFailed(f"nothing is claimed about the model {unclaimed[0]!r}, so nothing can be checked")
+        checked = {role for claim in claims if isinstance(claim.candidate, Program) for role in claim.candidate.roles}
         for claim in claims:
             roots = self._ancestors(claim.reference)
+            if not roots and isinstance(claim.candidate, HostLoop) and set(claim.candidate.roles) <= checked:
+                continue  # an earlier step changed what its models answer, and each of them is checked by itself
             if not roots:
                 raise StepFailed(f"nothing is known to feed '{claim.reference}' with, so its claim cannot be checked")
             for root in roots:
@@ -237,10 +241,12 @@ class Judge:
             drift = OutputComparison(whole, cut.drift)
             entrants, pairs, last_step = [first, middle, last], {(1, 2): step, (0, 2): drift}, (1, 2)
         samples = self._samples.of(root.reference)
+        # One token that differs changes all that follow, so a close step before this one may have changed most of them.
+        is_bound = not is_first and whole.measure is not Measure.TOKENS
         found = Findings(_label(root.reference, claim.candidate))
         for sample, results in self._compare(entrants, samples, pairs):
             found.add_step(sample, results[last_step])
-            found.add_drift(sample, results[0, len(entrants) - 1], is_judged=not is_first)
+            found.add_drift(sample, results[0, len(entrants) - 1], is_judged=is_bound)
 
         def nearest(sample: Sample) -> tuple[str, ...]:
             return self._locate(root, claim, cut, feed_before(sample.arrays), feed_after(sample.arrays))
@@ -283,7 +289,7 @@ class Judge:
         known = [claim for claim in self._lineage if claim.candidate == program]
         if known or isinstance(program, Program):
             return known
-        kept = {claim.reference.roles[0] for claim in self._lineage if claim.is_renaming}
+        kept = {claim.reference.roles[0] for claim in self._lineage if claim.reference == claim.candidate}
         return [Claim(program, program)] if set(program.roles) <= kept else []
 
     def _source_limits(self) -> Limits:

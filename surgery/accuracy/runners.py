@@ -20,13 +20,12 @@ from polygraphy.exception import PolygraphyException
 
 from surgery.claims import AnyProgram, HostLoop, Program
 from surgery.errors import StepFailed, SurgeryError
-from surgery.runtime.loops import LOOPS, Callee
+from surgery.runtime.loops import LOOPS, Callee, Signature
 from surgery.runtime.sessions import open_session
 
 Arrays = dict[str, np.ndarray]
 
 MOST_THREADS = 8
-_INTEGERS: Mapping[str, np.dtype[Any]] = {"tensor(int32)": np.dtype(np.int32), "tensor(int64)": np.dtype(np.int64)}
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _CPP_PLACE = re.compile(r"Status Message: (?:/\S+ )?(?:[^()]*\([^)]*\) )?")
 
@@ -53,8 +52,7 @@ class ModelProgram:
         self.session = open_session(model, threads=threads())
         self._inputs = tuple(value.name for value in self.session.get_inputs())
         self.outputs = tuple(value.name for value in self.session.get_outputs())
-        types: dict[str, str] = {value.name: value.type for value in self.session.get_inputs()}
-        self.integers = {name: _INTEGERS[kind] for name, kind in types.items() if kind in _INTEGERS}
+        self.signature = Signature.of(model)
         self._runner = OnnxrtRunner(self.session)
         self._runner.activate()
 
@@ -92,9 +90,7 @@ class LoopProgram:
         self, loop: HostLoop, models: Mapping[str, ModelProgram], generation_config: Mapping[str, Any]
     ) -> None:
         self._run = LOOPS[loop.name]
-        self._models = {
-            role: Callee(model.inputs, model.run, model.outputs, model.integers) for role, model in models.items()
-        }
+        self._models = {role: Callee(model.signature, model.run) for role, model in models.items()}
         self._config = generation_config
 
     @property

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from surgery.bundle import Bundle
-from surgery.errors import RecipeError, Refused
-from surgery.interfaces import recognise
-from surgery.runtime.loops import Callee, greedy
+from surgery.errors import RecipeError, Refused, SurgeryError
+from surgery.interfaces import FLAG, recognise
+from surgery.runtime.loops import Callee, Signature, decoders_in, greedy, refusal_of_prompts
 
 Run = Callable[[ir.Model, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -38,32 +38,68 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
     """Continue prompts greedily, in one left-padded batch.
 
     Args:
-        bundle: With `prefill` and `decode` (and `encoder`), and a `tokenizer.json` among its files.
+        bundle: With models that `greedy` runs over, and a `tokenizer.json` among its files.
         prompts: The texts.
         max_new_tokens: How many tokens to add at most.
         run: Runs a model on arrays by name.
 
     Raises:
-        Refused: The bundle has no models that can generate, or they have names of their own.
-        RecipeError: It has no tokenizer, or one that cannot read a prompt.
+        Refused: Its models have names of their own, or cannot begin a generation.
+        RecipeError: It has no models that can generate, no tokenizer, or one that cannot read a prompt.
     """
-    roles = [role for role in ("encoder", "prefill", "decode") if role in bundle.models]
-    if "prefill" not in roles or "decode" not in roles:
-        raise Refused(f"prompts need the models 'prefill' and 'decode'; there is {sorted(bundle.models)}")
+    models = _callees(bundle, run)
     tokenizer = load_tokenizer(bundle)
     config = {**bundle.config, **bundle.generation_config}
     rows = [_encode(tokenizer, prompt) for prompt in prompts]
     ids, mask = left_padded(rows, config.get("pad_token_id") or 0)
-    for role in roles:
-        fed = _TO_ENCODERS if role == "encoder" else _BESIDE_ENCODERS if "encoder" in roles else _TO_DECODERS
-        _refuse_strange_names(role, bundle[role], fed)
-    models: dict[str, Callee] = {role: _callee(bundle[role], run) for role in roles}
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(max_new_tokens)}
     sequences = greedy(models, feeds, config)["sequences"]
     return [
         Answer(prompt, tokenizer.decode(row.tolist(), skip_special_tokens=True), tuple(row.tolist()))
         for prompt, row in zip(prompts, sequences, strict=True)
     ]
+
+
+def roles_of_prompts(roles: Sequence[str]) -> tuple[str, ...]:
+    """Return the models that continue a prompt, of those that there are.
+
+    Raises:
+        RecipeError: There is no decoder among them.
+    """
+    try:
+        decoders = decoders_in(roles)
+    except SurgeryError as error:
+        hint = "leave the prompts out"
+        raise RecipeError(
+            f"check.prompts: they need the models 'prefill' and 'decode', or 'decoder'; there is {', '.join(roles)}",
+            hint=f"{hint}, or source.roles: decoder: FILE if it is one" if "model" in roles else hint,
+        ) from error
+    return tuple(dict.fromkeys(("encoder", *decoders) if "encoder" in roles else decoders))
+
+
+def refuse_unanswerable(bundle: Bundle) -> None:
+    """Find out without running anything whether a bundle could continue prompts.
+
+    Raises:
+        Refused: Its models have names of their own, or cannot begin a generation.
+        RecipeError: It has no models that can generate, or no tokenizer.
+    """
+    _callees(bundle, lambda model, feeds: {})
+    load_tokenizer(bundle)
+
+
+def _callees(bundle: Bundle, run: Run) -> dict[str, Callee]:
+    """Return the models that `greedy` runs over."""
+    roles = roles_of_prompts(tuple(bundle.models))
+    for role in roles:
+        fed = _TO_ENCODERS if role == "encoder" else _BESIDE_ENCODERS if "encoder" in roles else _TO_DECODERS
+        _refuse_strange_names(role, bundle[role], fed)
+    models = {role: _callee(bundle[role], run) for role in roles}
+    first, _ = decoders_in(models)
+    problem = refusal_of_prompts(first, models[first], has_encoder="encoder" in models)
+    if problem:
+        raise Refused(f"check.prompts: {problem}", hint="leave the prompts out")
+    return models
 
 
 def _refuse_strange_names(role: str, model: ir.Model, fed: frozenset[str]) -> None:
@@ -75,9 +111,9 @@ def _refuse_strange_names(role: str, model: ir.Model, fed: frozenset[str]) -> No
             hint="leave the prompts out, or rename_io with `to: optimum` as the last step",
         )
     known = recognised.canonical
-    cache = {slot.input for slot in recognised.cache} if role == "decode" else set()
+    cache = {slot.input for slot in recognised.cache} if role != "prefill" else set()
     inputs = [value.name or "" for value in model.graph.inputs if value.name not in model.graph.initializers]
-    strange = [name for name in inputs if name not in cache and known.get(name) not in fed]
+    strange = [name for name in inputs if name not in cache and known.get(name) not in fed | {FLAG}]
     if strange:
         is_lonely = known.get(strange[0], "").startswith("encoder_")
         raise Refused(
@@ -100,11 +136,7 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _callee(model: ir.Model, run: Run) -> Callee:
-    inputs = [value.name or "" for value in model.graph.inputs]
-    outputs = [value.name or "" for value in model.graph.outputs]
-    types = {value.name or "": value.dtype.numpy() for value in model.graph.inputs if value.dtype is not None}
-    integers = {name: kind for name, kind in types.items() if kind.kind in "iu"}
-    return Callee(inputs, lambda feeds: dict(run(model, feeds)), outputs, integers)
+    return Callee(Signature.of(model), lambda feeds: dict(run(model, feeds)))
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:

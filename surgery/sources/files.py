@@ -20,7 +20,7 @@ from surgery.options import did_you_mean
 from surgery.sources import Opened
 from surgery.sources.configs import read_json
 from surgery.storage import file_of_role, open_model, read_manifest, role_of_file
-from surgery.storage.naming import MANIFEST
+from surgery.storage.naming import HUB_FOLDER, MANIFEST
 
 COMPANIONS = (
     "*config.json",
@@ -34,9 +34,6 @@ COMPANIONS = (
 )
 NAMED_ROLES = ("encoder", "prefill", "decode", "decoder")
 """The roles whose models get canonical names."""
-
-HUB_FOLDER = "onnx"
-"""Where repositories on the Hub keep their .onnx files, below the configs."""
 
 EXPORT_LIST = "export.json"
 GENAI_CONFIG = "genai_config.json"
@@ -322,8 +319,11 @@ def _names(file: Path, names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _there(folder: Path, listing: str, names: Mapping[str, str]) -> dict[str, Path]:
-    """Return listed files, which are in the folder itself whatever the list says."""
-    files = {role: folder / Path(name).name for role, name in names.items()}
+    """Return listed files, which are in the folder itself, or in its `onnx/`, whatever the list says."""
+    files = {
+        role: folder / (HUB_FOLDER if Path(name).parts[:-1] == (HUB_FOLDER,) else "") / Path(name).name
+        for role, name in names.items()
+    }
     for role, file in files.items():
         if not file.is_file():
             raise RecipeError(

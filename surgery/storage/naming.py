@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +11,9 @@ from types import MappingProxyType
 
 MIN_DATA_BYTES = 1024
 """Smaller weights stand in the graph file, where shape inference sees them; the others in a data file."""
+
+HUB_FOLDER = "onnx"
+"""Where repositories on the Hub keep their .onnx files, below the configs."""
 
 MANIFEST = "bundle.json"
 SHARED_DATA = "weights.onnx_data"
@@ -38,6 +41,17 @@ class Manifest:
 def file_of_role(role: str) -> str:
     """Return the file name that Optimum and transformers.js expect for a role."""
     return f"{_STEMS.get(role, role)}.onnx"
+
+
+def hub_files(roles: Collection[str]) -> dict[str, str]:
+    """Return for roles the files under which transformers.js looks for them, relative to a repository's folder.
+
+    A decoder on its own that takes an empty cache for the prompt is `model.onnx` there (transformers.js 4:
+    `src/models/modeling_utils.js`), and so it is in Optimum 2.
+    """
+    alone = next(iter(roles)) if len(roles) == 1 and set(roles) <= {"decode", "decoder"} else None
+    names = {role: file_of_role("model" if role == alone else role) for role in roles}
+    return {role: f"{HUB_FOLDER}/{name}" for role, name in names.items()}
 
 
 def role_of_file(name: str) -> str:

@@ -28,9 +28,15 @@ MAX_GRAPH_BYTES = (1 << 31) - 1
 
 @dataclass
 class DataPlan:
-    """A data file to be: which weight goes where. Weights that are one object or one place on disk go in once."""
+    """A data file to be: which weight goes where. Weights that are one object or one place on disk go in once.
+
+    Args:
+        name: The file, relative to the output folder.
+        location: The same relative to the graphs that use it.
+    """
 
     name: str
+    location: str
     size: int = 0
     entries: list[tuple[int, ir.TensorProtocol]] = field(default_factory=list)
     offsets: dict[Hashable, int] = field(default_factory=dict)
@@ -69,7 +75,7 @@ def graph_chunks(model: ir.Model, data: DataPlan | None, min_bytes: int) -> list
 
     def place(weight: Weight) -> Stub:
         if data is not None and weight.role == "initializer":
-            return Stub(data.name, data.place(weight.tensor), weight.tensor.nbytes)
+            return Stub(data.location, data.place(weight.tensor), weight.tensor.nbytes)
         inside.append(weight.tensor)
         return Stub(MARKER, len(inside) - 1, weight.tensor.nbytes)
 

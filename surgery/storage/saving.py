@@ -15,12 +15,14 @@ import onnx_ir as ir
 
 from surgery.errors import OutputError
 from surgery.storage.atomic import publish_folder, publish_model, staging
+from surgery.storage.companions import for_other_tools
 from surgery.storage.naming import (
     MANIFEST,
     MIN_DATA_BYTES,
     SHARED_DATA,
     data_file_of,
     file_of_role,
+    hub_files,
     manifest_bytes,
     read_manifest,
 )
@@ -35,7 +37,7 @@ from surgery.storage.packing import (
 )
 from surgery.storage.region import DataFile, Region
 
-Layout = Literal["optimum", "shared", "single"]
+Layout = Literal["optimum", "hub", "shared", "single"]
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -65,7 +67,8 @@ def save_models(
         models: The models by role; `file_of_role` names their files.
         folder: Where to. A folder that exists and is not empty needs `overwrite`; its files that no save of
             ours wrote are kept.
-        layout: `optimum`: X.onnx with X.onnx_data beside it. `shared`: one data file for all. `single`: no data file.
+        layout: `optimum`: X.onnx with X.onnx_data beside it. `hub`: the same in a folder `onnx`, below everything else.
+            `shared`: one data file for all. `single`: no data file.
         extras: More files by relative name, as bytes or as a file to copy.
         overwrite: Replace the models that are there.
         protected: Files and folders that must not be touched: the inputs.
@@ -81,9 +84,10 @@ def save_models(
     """
     target = Path(folder).resolve()
     _check_folder(target, overwrite, protected)
-    names = {role: _file_name(role) for role in models}
+    names = _file_names(models, layout)
     data, graphs = _plan(models, names, layout, min_bytes)
-    others = [_extra_file(name, content) for name, content in (extras or {}).items()]
+    companions = for_other_tools(extras or {}, [] if layout == "shared" else [file.name for file in data])
+    others = [_extra_file(name, content) for name, content in companions.items()]
     files: list[Plan] = [*data, *others, *graphs]
     _check_names([*(file.name for file in files), MANIFEST])
     files.append(FilePlan(MANIFEST, [manifest_bytes(layout, names, [file.name for file in files])]))
@@ -142,17 +146,20 @@ def _plan(
     data: dict[str, DataPlan] = {}
     graphs: list[FilePlan] = []
     for role, model in models.items():
-        data_name = location or (SHARED_DATA if layout == "shared" else data_file_of(names[role]))
-        outside = None if layout == "single" else data.setdefault(data_name, DataPlan(data_name))
+        name = SHARED_DATA if layout == "shared" else data_file_of(names[role])
+        outside = None
+        if layout != "single":
+            outside = data.setdefault(name, DataPlan(name, location or PurePosixPath(name).name))
         graphs.append(FilePlan(names[role], graph_chunks(model, outside, min_bytes)))
         check_graph_size(graphs[-1], has_data_file=outside is not None)
     return [file for file in data.values() if file.entries], graphs
 
 
-def _file_name(role: str) -> str:
-    if not role or role != PurePosixPath(role).name:
-        raise OutputError(f"the role {role!r} cannot be a file name")
-    return file_of_role(role)
+def _file_names(roles: Collection[str], layout: Layout) -> dict[str, str]:
+    for role in roles:
+        if not role or role != PurePosixPath(role).name:
+            raise OutputError(f"the role {role!r} cannot be a file name")
+    return hub_files(roles) if layout == "hub" else {role: file_of_role(role) for role in roles}
 
 
 def _extra_file(name: str, content: bytes | Path) -> FilePlan:

@@ -16,13 +16,15 @@ from surgery.storage.versions import lower
 ELSEWHERE = "given-to-the-session"
 """The file that a skeleton says its weights are in: nobody reads it, ONNX Runtime only wants it to exist."""
 
+MOST_INLINE_BYTES = 1 << 30
+
 
 def skeleton(model: ir.Model, *, inline_below: int = MIN_DATA_BYTES) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
     """Serialise a model for a session that is given its weights as values; the model stays as it is.
 
     The session takes values only for initializers of the main graph (ONNX Runtime 1.31), so the big initializers of
     subgraphs move there under fresh names, and the big `Constant` nodes of all graphs become such initializers. Weights
-    inside functions stay inline.
+    inside functions stay inline, and quantized ones in subgraphs.
 
     Args:
         model: Any model.
@@ -53,6 +55,7 @@ class _Gatherer:
         self.tensors = tensors
         self.names = set(_names(proto.graph))
         self.weights: dict[str, ir.TensorProtocol] = {}
+        self.inline_bytes = MOST_INLINE_BYTES
 
     def gather(self) -> dict[str, ir.TensorProtocol]:
         self.take_constants(self.main)
@@ -73,7 +76,7 @@ class _Gatherer:
         for tensor in graph.initializer:
             if not _is_stub(tensor):
                 kept.append(tensor)
-            elif tensor.name in inputs:
+            elif tensor.name in inputs or self.must_stay(tensor, graph):
                 kept.append(self.filled(tensor))
             else:
                 renamed[tensor.name] = self.move(tensor)
@@ -87,6 +90,18 @@ class _Gatherer:
         for node in graph.node:
             for subgraph in subgraphs_of(node):
                 self.gather_from(subgraph)
+
+    def must_stay(self, tensor: onnx.TensorProto, graph: onnx.GraphProto) -> bool:
+        """Say whether a subgraph's weight is quantized: ONNX Runtime 1.31 loads no product with one from outside.
+
+        Past `MOST_INLINE_BYTES` in all they are moved nevertheless, which sessions without optimizations take.
+        """
+        size = self.tensors[_index(tensor)].nbytes
+        readers = (node for node in graph.node if tensor.name in node.input)
+        if size > self.inline_bytes or not any(node.op_type == "DequantizeLinear" for node in readers):
+            return False
+        self.inline_bytes -= size
+        return True
 
     def take_constants(self, graph: onnx.GraphProto) -> None:
         """Make initializers of the `Constant` nodes that are stubs."""

@@ -11,14 +11,19 @@ import onnx_ir as ir
 import pytest
 from models import CONFIG, POSITIONS, VOCABULARY, decoder_pair, generic, single, single_decoder
 
-from surgery import Bundle, Check, Claim, Effect, HostLoop, Program, Tolerance
+from passes.merge_if import MergeIf
+from surgery import Bundle, Check, Claim, Effect, HostLoop, Pipeline, Program, Tolerance
 from surgery.accuracy.feeds import FeedMaker, Interface, Sample
 from surgery.accuracy.judge import Judge
 from surgery.accuracy.runners import ModelProgram
 from surgery.accuracy.samples import Samples
 from surgery.claims import Take
 from surgery.errors import SurgeryError
+from surgery.recipe import Source
+from surgery.sources import find_source
 from surgery.text import parse
+
+FOREIGN = Path(__file__).resolve().parent.parent / "sources" / "foreign"
 
 
 class Runs:
@@ -226,6 +231,91 @@ def test_a_decoder_of_one_token_grows_its_own_past_one_by_one(pair: Bundle) -> N
     assert [sample.arrays["past_key_values.0.key"].shape[2] for sample in made] == [0, 3, 3]
     assert np.abs(made[1].arrays["past_key_values.0.key"]).min() > 0
     assert made[-1].traits["padding"] == "yes"
+
+
+def foreign(name: str, *roles: str) -> Bundle:
+    """Return models of Optimum's own making."""
+    bundle = find_source(Source(path=str(FOREIGN / name)), Path()).open(Path(), lambda sentence: None).bundle
+    return Bundle({role: bundle[role] for role in roles}, bundle.config)
+
+
+def merged(bundle: Bundle) -> Bundle:
+    """Return the same with its decoders merged by us."""
+    return Pipeline([MergeIf()], None).run(bundle).bundle
+
+
+def pairs(name: str, *roles: str) -> list[Bundle]:
+    """Return Optimum's merged decoder, and ours of Optimum's pair."""
+    return [foreign(name, *roles, "decoder"), merged(foreign(name, *roles, "prefill", "decode"))]
+
+
+CHECK = {"batches": (1, 3), "lengths": (1, 5), "past": (0, 1, 7)}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["Optimum's", "ours"])
+def test_both_branches_of_a_merged_decoder_are_fed(which: int) -> None:
+    bundle = pairs("gpt2_all")[which]
+    made = samples_of(bundle, "decoder", **CHECK)
+    prompts = [sample for sample in made if not sample.arrays["use_cache_branch"].any()]
+    steps = [sample for sample in made if sample.arrays["use_cache_branch"].all()]
+    assert len(prompts) + len(steps) == len(made)
+    without = ", branch without cache"
+    assert names(prompts) == [
+        f"batch 1, length 1, past 0{without}",
+        f"batch 1, length 5, past 0{without}",
+        f"batch 3, length 5, past 0, padded{without}",
+    ]
+    assert names(steps)[:4] == [
+        *(f"batch 1, length 1, past {past}" for past in CHECK["past"]),
+        "batch 3, length 1, past 7, padded",
+    ]
+    for sample in made:
+        past = int(sample.traits["past"])
+        assert sample.arrays["past_key_values.0.key"].shape[2] == past
+        assert past == 0 or sample.arrays["past_key_values.0.key"].all()
+        assert sample.arrays["attention_mask"].shape[1] == past + sample.arrays["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["Optimum's", "ours"])
+def test_an_encoder_s_keys_and_values_come_out_of_the_branch_without_a_cache(which: int) -> None:
+    bundle = pairs("t5_all", "encoder")[which]
+    given: list[Mapping[str, np.ndarray]] = []
+    with closing(Runs(bundle)) as run:
+
+        def noted(role: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            outputs = run(role, feeds)
+            if role == "decoder":
+                assert not feeds["use_cache_branch"].any()
+                given.append(outputs)
+            return outputs
+
+        made = list(FeedMaker(bundle, Check(**CHECK), noted).samples("decoder"))
+        for sample in made:
+            assert all(np.isfinite(array).all() for array in run("decoder", sample.arrays).values())
+    steps = [sample for sample in made if sample.arrays["use_cache_branch"].all()]
+    assert [int(sample.traits["past"]) for sample in steps][:4] == [0, 1, 7, 7]
+    for sample, outputs in zip(steps, given, strict=True):
+        fed, key = sample.arrays, "encoder.key"
+        assert np.array_equal(fed[f"past_key_values.0.{key}"], outputs[f"present.0.{key}"])
+        assert fed[f"past_key_values.0.{key}"].shape[2] == fed["encoder_attention_mask"].shape[1]
+        assert fed[f"past_key_values.0.{key}"].all()
+        if sample.traits["past"] != "0":
+            assert np.array_equal(fed["past_key_values.0.decoder.value"], outputs["present.0.decoder.value"])
+    for sample in made:
+        if not sample.arrays["use_cache_branch"].any():
+            assert sample.arrays["past_key_values.0.encoder.key"].shape[2] == 0
+
+
+def test_a_merged_decoder_whose_step_takes_one_token_is_fed_one_after_a_cache(pair: Bundle) -> None:
+    """Its axis of new tokens has no name, since the branches do not agree on it."""
+    bundle = merged(pair)
+    made = samples_of(bundle, "decoder", **CHECK)
+    lengths = {bool(sample.arrays["use_cache_branch"]): set() for sample in made}
+    for sample in made:
+        lengths[bool(sample.arrays["use_cache_branch"])].add(sample.arrays["input_ids"].shape[1])
+    assert lengths == {False: {1, 5}, True: {1}}
+    with closing(Judge(bundle, Check(**CHECK))) as judge:
+        assert not judge.judge_source().warnings
 
 
 def test_an_unknown_model_gets_random_inputs_of_its_types() -> None:

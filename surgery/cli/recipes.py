@@ -1,9 +1,8 @@
-"""The command line: run, plan, passes, inspect, view, schema."""
+"""Commands on recipes: run and plan."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from surgery.cli.shell import DebugOption, console_of_terminal, errors_said, short
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,17 +20,6 @@ if TYPE_CHECKING:
     from surgery.pipeline import Result
     from surgery.recipe import Recipe
     from surgery.storage import SavedFile
-
-INTERRUPTED = 130
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Graph surgery for ONNX transformer models: passes in a line, each checked for what it did to the answers.",
-    epilog="Exit codes: 0 done; 1 inaccurate or refused; 2 the recipe or the command is wrong; 3 a model file is "
-    "malformed or unsafe.",
-)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Settings = Annotated[
@@ -44,10 +34,8 @@ OutOption = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--out", help="Write to this folder instead; relative to the current directory."),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-@app.command()
 def run(
     recipe_file: RecipeFile,
     settings: Settings = None,
@@ -64,8 +52,8 @@ def run(
     from surgery.pipeline import refuse_taken_output, run_recipe, save_result
     from surgery.recipe import load_recipe
 
-    console = _console()
-    with _errors_said(console, debug):
+    console = console_of_terminal()
+    with errors_said(console, debug):
         recipe = load_recipe(recipe_file, settings=settings or (), source=source, out=out)
         if overwrite and recipe.output is not None:
             recipe = _overwriting(recipe)
@@ -94,10 +82,9 @@ def run(
             else:
                 console.print("\nnothing is saved: the recipe has no output; --out FOLDER gives it one")
             if steps_folder is not None:
-                console.print(f"every step: {_short(steps_folder)}")
+                console.print(f"every step: {short(steps_folder)}")
 
 
-@app.command()
 def plan(
     recipe_file: RecipeFile,
     settings: Settings = None,
@@ -112,8 +99,8 @@ def plan(
     from surgery.pipeline import plan_recipe, refuse_taken_output
     from surgery.recipe import load_recipe
 
-    console = _console()
-    with _errors_said(console, debug):
+    console = console_of_terminal()
+    with errors_said(console, debug):
         recipe = load_recipe(recipe_file, settings=settings or (), source=source, out=out)
         roles, planned = plan_recipe(recipe)
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -127,113 +114,11 @@ def plan(
             table.add_row(str(entry.step.number), entry.step.word, pass_.effect.value, ", ".join(entry.roles), said)
         console.print(table)
         if recipe.output is not None:
-            console.print(f"output: {_short(recipe.folder / recipe.output.folder)}, layout {recipe.output.layout}")
+            console.print(f"output: {short(recipe.folder / recipe.output.folder)}, layout {recipe.output.layout}")
             try:
                 refuse_taken_output(recipe)
             except OutputError as error:
                 console.print(f"note: {error}", markup=False)
-
-
-@app.command()
-def passes(
-    name: Annotated[Optional[str], typer.Argument(help="A pass to explain.", show_default=False)] = None,  # noqa: UP045
-    debug: DebugOption = False,
-) -> None:
-    """List the passes, or explain one with its options."""
-    from surgery import registry
-    from surgery.report.manual import list_passes, pass_page
-
-    console = _console()
-    with _errors_said(console, debug):
-        if name is None:
-            console.print(list_passes())
-        else:
-            console.print(pass_page(name, registry.find(name, Path.cwd())), markup=False)
-
-
-@app.command()
-def inspect(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="MODEL|FOLDER...", help="Models, or folders of them: an export, what a run wrote."),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Compare all bytes of weights that may be equal, not only samples.")
-    ] = False,
-    debug: DebugOption = False,
-) -> None:
-    """Say what models are and hold, and what the installed ONNX Runtime would refuse."""
-    from surgery.report.inspection import inspect_paths, print_inspection
-
-    console = _console()
-    with _errors_said(console, debug):
-        with console.status("looking") as status:
-            found = inspect_paths(paths, is_proved=weights, progress=status.update)
-        if as_json:
-            typer.echo(found.as_json(), nl=False)
-        else:
-            print_inspection(console, found)
-
-
-@app.command()
-def view(
-    path: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL|FOLDER|RUN", help="A model, a folder of them, or what a run wrote."),
-    ],
-    host: Annotated[str, typer.Option("--host", help="Listen here; localhost lets no other machine in.")] = "localhost",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Listen here; 0 takes any free one.")] = 8080,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
-    debug: DebugOption = False,
-) -> None:
-    """Show models, or every step of a run, in Netron; Ctrl-C ends it."""
-    from surgery.viewer.viewing import view as view_models
-
-    with _errors_said(_console(), debug):
-        view_models(path, host=host, port=port, is_browser_wanted=not no_browser, say=typer.echo)
-
-
-@app.command()
-def schema(debug: DebugOption = False) -> None:
-    """Print the JSON schema of recipes, with which editors complete and check them."""
-    import json
-
-    from surgery.report.manual import recipe_schema
-
-    with _errors_said(_console(), debug):
-        typer.echo(json.dumps(recipe_schema(), indent=1))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 120
-    return Console(soft_wrap=False, width=width, highlight=False)
-
-
-@contextmanager
-def _errors_said(console: Console, debug: bool) -> Iterator[None]:
-    """Say errors in a sentence on standard error and leave with their exit code."""
-    from surgery.errors import SurgeryError
-
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except SurgeryError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing was written", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if debug:
-            raise
-        typer.echo(f"error: {type(error).__name__}: {error}\n  try: --debug shows where", err=True)
-        raise typer.Exit(1) from error
 
 
 @contextmanager
@@ -265,7 +150,7 @@ def _rescue(recipe: Recipe, stopped: Stopped) -> None:
         typer.echo(f"the input of {stopped.step} could not be saved: {error}", err=True)
         return
     typer.echo(
-        f"the input of {stopped.step} is saved; to go on from there: python -m surgery run {_short(saved)}", err=True
+        f"the input of {stopped.step} is saved; to go on from there: python -m surgery run {short(saved)}", err=True
     )
 
 
@@ -340,12 +225,6 @@ def _summarise(console: Console, result: Result) -> None:
 def _list_files(console: Console, folder: Path, files: list[SavedFile], seconds: float) -> None:
     from surgery.units import in_bytes
 
-    console.print(f"\nsaved to {_short(folder)} ({seconds:.1f} s)", markup=False)
+    console.print(f"\nsaved to {short(folder)} ({seconds:.1f} s)", markup=False)
     for file in files:
         console.print(f"  {file.name}  {in_bytes(file.bytes)}", markup=False)
-
-
-def _short(path: Path) -> str:
-    """Return a path as one would type it from the current directory."""
-    resolved = path.resolve()
-    return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(resolved)
