@@ -99,12 +99,12 @@ def test_two_decoders_become_one_file_that_is_a_source_again(name: str, tmp_path
     assert done.returncode == 0, done.stderr
     assert all(answer in done.stdout for answer in ANSWERS[name])
     assert sorted(file.relative_to(out).as_posix() for file in out.rglob("*.onnx*")) == files
-    source, last, merge = json.loads((out / "report.json").read_text())["steps"]
+    source, *_, last, merge = json.loads((out / "report.json").read_text())["steps"]
     assert source["models"] == ROLES[name]
     assert merge["models"] == [role for role in ("encoder", "decoder") if role in merge["models"]]
     assert "decoder" in merge["models"]
     assert merge["verdict"]["step"]["exact"]
-    assert 0 < last["verdict"]["step"]["max_error"] == merge["verdict"]["source"]["max_error"] < 1e-5
+    assert 0 < last["verdict"]["step"]["max_error"] <= merge["verdict"]["source"]["max_error"] < 1e-5
     coverage = merge["verdict"]["coverage"]
     assert {"decoder as prefill", "decoder as decode", loop} <= set(coverage)
     assert "past 0, 1, 7, 99" in coverage["decoder as decode"]

@@ -67,9 +67,9 @@ def open_fast_session(
         ModelFileError: If ONNX Runtime does not take the model.
         SurgeryError: ONNX Runtime is not installed, or has not all the providers.
     """
+    options = _options(optimize=True, prepacking=prepacking, threads=threads)
     content, weights = skeleton(model)
     content, folder = _located(content, weights)
-    options = _options(optimize=True, prepacking=prepacking, threads=threads)
     if folder:
         options.add_session_config_entry(_FOLDER, folder)
     copied = session_values({name: tensor for name, tensor in weights.items() if not _is_on_disk(tensor)})
@@ -132,9 +132,9 @@ def open_skeleton(
     Raises:
         ModelFileError: If ONNX Runtime does not take the model; ONNX Runtime's own error is its cause.
     """
-    values = session_values(weights)
     options = _options(optimize=optimize, prepacking=prepacking, threads=threads)
     options.use_deterministic_compute = True
+    values = session_values(weights)
     configure(options)
     is_shared = not optimize and list(providers) == [CPU]
     with _weights_for(options, values, is_shared=is_shared):
