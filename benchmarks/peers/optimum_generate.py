@@ -56,10 +56,11 @@ def answer(question):
     settings = {
         "do_sample": False,
         "num_beams": case["beams"],
-        "min_new_tokens": case["new"],
         "max_new_tokens": case["new"],
         "pad_token_id": 0,
     }
+
+    model.generation_config.eos_token_id = None  # no token ends a text
 
     def generate(tick):
         clock = LogitsProcessorList([Clock(tick)])
