@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,17 +27,25 @@ ROLES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(ANSWERS))
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
-    """A recipe that ran, the folder that it wrote, and what it printed."""
-    import sys
+@pytest.fixture(scope="module")
+def finish(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Run a recipe, once; return the folder that it wrote, and what it printed."""
 
-    name = request.param
-    out = tmp_path_factory.mktemp(name) / "out"
-    command = [sys.executable, "-m", "surgery", "run", str(ROOT / "recipes" / f"{name}.yaml"), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return name, out, done.stdout
+    @cache
+    def run(name: str) -> tuple[Path, str]:
+        out = tmp_path_factory.mktemp(name) / "out"
+        command = [sys.executable, "-m", "surgery", "run", str(ROOT / "recipes" / f"{name}.yaml"), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return out, done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module", params=list(ANSWERS))
+def finished(request: pytest.FixtureRequest, finish: Callable[[str], tuple[Path, str]]) -> tuple[str, Path, str]:
+    """A recipe that ran, the folder that it wrote, and what it printed."""
+    return request.param, *finish(request.param)
 
 
 def test_the_answers_are_right(finished: tuple[str, Path, str]) -> None:
@@ -92,10 +102,13 @@ MERGED = {
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_two_decoders_become_one_file_that_is_a_source_again(name: str, tmp_path: Path, surgery: Run) -> None:
+def test_two_decoders_become_one_file_that_is_a_source_again(
+    name: str, tmp_path: Path, finish: Callable[[str], tuple[Path, str]], surgery: Run
+) -> None:
     files, loop = MERGED[name]
-    out = tmp_path / "out"
-    done = surgery("run", ROOT / "recipes" / f"{name}_merged.yaml", "--out", out, timeout=300)
+    out, (exported, _) = tmp_path / "out", finish(name)
+    recipe = ROOT / "recipes" / f"{name}_merged.yaml"
+    done = surgery("run", recipe, "--source", exported, "--out", out, timeout=300)
     assert done.returncode == 0, done.stderr
     assert all(answer in done.stdout for answer in ANSWERS[name])
     assert sorted(file.relative_to(out).as_posix() for file in out.rglob("*.onnx*")) == files

@@ -1,4 +1,4 @@
-"""Bundles to run commands on: the fixtures, exported and merged once."""
+"""Bundles to run commands on: the fixtures as they are exported, and merged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Call = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _saved(source: Path, folder: Path, word: str) -> Path:
-    with Pipeline([word], check=None).run(source) as result:
+def _merged(source: Path, folder: Path) -> Path:
+    with Pipeline(["merge_if"], check=None).run(source) as result:
         result.save(folder)
     return folder
 
@@ -28,28 +28,27 @@ def folder_of_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def adder(folder_of_bundles: Path) -> Path:
+def adder(exported: Callable[[str], Path]) -> Path:
     """`prefill` and `decode` of the adder."""
-    return _saved(ROOT / "fixtures" / "adder", folder_of_bundles / "adder", "dedup_weights")
+    return exported("adder")
 
 
 @pytest.fixture(scope="session")
 def merged_adder(adder: Path, folder_of_bundles: Path) -> Path:
     """The adder as one `decoder`."""
-    return _saved(adder, folder_of_bundles / "merged_adder", "merge_if")
+    return _merged(adder, folder_of_bundles / "merged_adder")
 
 
 @pytest.fixture(scope="session")
-def merged_sorter(folder_of_bundles: Path) -> Path:
+def merged_sorter(exported: Callable[[str], Path], folder_of_bundles: Path) -> Path:
     """`encoder` and `decoder` of the sorter."""
-    two = _saved(ROOT / "fixtures" / "sorter", folder_of_bundles / "sorter", "dedup_weights")
-    return _saved(two, folder_of_bundles / "merged_sorter", "merge_if")
+    return _merged(exported("sorter"), folder_of_bundles / "merged_sorter")
 
 
 @pytest.fixture(scope="session")
-def comparer(folder_of_bundles: Path) -> Path:
+def comparer(exported: Callable[[str], Path]) -> Path:
     """The comparer, a single `model`."""
-    return _saved(ROOT / "fixtures" / "comparer", folder_of_bundles / "comparer", "dedup_weights")
+    return exported("comparer")
 
 
 @pytest.fixture

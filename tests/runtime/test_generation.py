@@ -81,15 +81,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+def bundle_of(exported: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     """A fixture as `encoder`, `prefill`, `decode`."""
 
     @functools.cache
-    def export(name: str) -> Bundle:
-        source = find_source(Source(path=str(FIXTURES / name)), Path())
+    def opened(name: str) -> Bundle:
+        source = find_source(Source(path=str(exported(name))), Path())
         return source.open(tmp_path_factory.mktemp(name), lambda _: None).bundle
 
-    return export
+    return opened
 
 
 def variant_of(bundle: Bundle, variant: str) -> Bundle:
@@ -105,13 +105,13 @@ def variant_of(bundle: Bundle, variant: str) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def made(exported: Callable[[str], Bundle]) -> Iterator[Callable[[str], Case]]:
+def made(bundle_of: Callable[[str], Bundle]) -> Iterator[Callable[[str], Case]]:
     opened: list[Generator] = []
 
     @functools.cache
     def make(name: str) -> Case:
         fixture, _, variant = name.partition("-")
-        bundle = exported(fixture)
+        bundle = bundle_of(fixture)
         kind = transformers.AutoModelForSeq2SeqLM if fixture == "sorter" else transformers.AutoModelForCausalLM
         generator = open_generator(variant_of(bundle, variant), threads=1)
         opened.append(generator)
@@ -578,8 +578,8 @@ def test_shapes_that_do_not_agree_are_named(made: Callable[[str], Case]):
     assert cache.get_seq_length() == 2
 
 
-def test_a_closed_generator_generates_nothing(exported: Callable[[str], Bundle]):
-    with open_generator(variant_of(exported("adder"), "pair"), threads=1) as generator:
+def test_a_closed_generator_generates_nothing(bundle_of: Callable[[str], Bundle]):
+    with open_generator(variant_of(bundle_of("adder"), "pair"), threads=1) as generator:
         assert generator.roles == ("prefill", "decode")
     with pytest.raises(SurgeryError, match="this generator is closed"):
         generator.generate(torch.tensor([[4]]), max_new_tokens=1)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from surgery.runtime.loops import Callee, greedy, position_ids
+from surgery.runtime.loops import Callee, Signature, greedy, position_ids
 from surgery.sources.architectures import FAMILIES
 from surgery.sources.huggingface import Exported, export
 
@@ -335,8 +335,8 @@ def assert_generates_the_same(case: Case) -> None:
     mask = left_padded(3, 9)
     ids = np.where(mask == 1, some_ids(3, 9), 0)
     callees = {
-        role: Callee(case.onnx.inputs(role), lambda feeds, role=role: case.onnx.run(role, feeds))
-        for role in case.exported.models
+        role: Callee(Signature.of(model), lambda feeds, role=role: case.onnx.run(role, feeds))
+        for role, model in case.exported.models.items()
     }
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.int64(24)}
     got = greedy(callees, feeds, case.exported.generation_config)["sequences"]
