@@ -16,6 +16,7 @@ from surgery.registry import register
 
 # Operators that work on each position by itself.
 BY_POSITION = frozenset({"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh"})
+SAME_RANK = frozenset({"Cast", "DequantizeLinear", "Identity", "Transpose"})
 AXIS = -2
 BOUNDS = [[-1], [np.iinfo(np.int64).max], [AXIS]]
 """The starts, ends and axes of a slice that is the last position."""
@@ -172,6 +173,8 @@ def _product_of_rows(node: ir.Node | None, way: tuple[ir.Value, ...]) -> Project
     is_alike = bias is None or _rank(bias) in (0, 1)
     if hidden is None or hidden is not leading.inputs[0] or not is_alone or not is_alike or not _is_flat(flat):
         return None
+    if _rank(hidden) not in (None, 3) or not _adds_one_size(shape):  # else the last axis but one is another in logits
+        return None
     for value in (*flat.outputs, *gemm.outputs):
         value.shape = None
     return Projection(hidden, ((flat, 0), (leading, 0)), way)
@@ -182,6 +185,13 @@ def _is_flat(reshape: ir.Node) -> bool:
     sizes = reshape.inputs[1]
     tensor = None if sizes is None else sizes.const_value if _is_weight(sizes) else constant_tensor(sizes.producer())
     return tensor is not None and len(tensor.shape) == 1 and tensor.numpy().tolist()[:-1] == [-1]
+
+
+def _adds_one_size(shape: ir.Node | None) -> bool:
+    """Say whether a Concat puts a single size behind those that it is given."""
+    if shape is None or len(shape.inputs) != 2 or shape.inputs[1] is None:
+        return False
+    return _constant_shape(shape.inputs[1]) == (1,)
 
 
 def _input(node: ir.Node | None, op_type: str, index: int, producer_type: str) -> ir.Node | None:
@@ -242,7 +252,7 @@ def _rank(value: ir.Value | None) -> int | None:
     if shape is not None:
         return len(shape)
     node = value.producer()
-    is_seen_through = node is not None and node.domain == "" and node.op_type in ("Transpose", "Cast", "Identity")
+    is_seen_through = node is not None and node.domain == "" and node.op_type in SAME_RANK
     return _rank(node.inputs[0]) if node is not None and is_seen_through else None
 
 

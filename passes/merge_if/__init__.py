@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from passes.merge_if.hoisting import hoist_common
 from passes.merge_if.interface import Interface, branch_claim
 from passes.merge_if.joining import join
-from passes.merge_if.opsets import level_opsets
+from passes.merge_if.opsets import level_opsets, refuse_ungiven
 from passes.merge_if.tensorrt import find_stand_ins, find_violations
 from surgery.claims import Fill, Measure
 from surgery.contract import Bundle, BundlePass, Change, Claim, Context, Effect, Field, makes, takes
 from surgery.errors import Refused
 from surgery.registry import register
 from surgery.runtime.host_loops import greedy_loop
+from surgery.runtime.loops import PAIR
 from surgery.units import in_bytes
 
 
@@ -68,6 +69,7 @@ class MergeIf(BundlePass):
         interface = Interface.of(models)
         if interface.outputs.keys() <= interface.inputs.keys():
             raise Refused("there is nothing to choose between: every output is an input")
+        refuse_ungiven(interface.computed, models[self.when_true].graph.opset_imports[""])
         stand_ins = find_stand_ins(interface) if self.for_tensorrt else {}
         joined = join(models, interface, self.flag, self.into, self.min_bytes, stand_ins)
         hoisted = hoist_common(joined.model.graph) if self.hoist else 0
@@ -91,7 +93,7 @@ class MergeIf(BundlePass):
             for role, is_true in sides.items()
         ]
         first, second = greedy_loop(before), greedy_loop(after)
-        is_generation = first is not None and set(sides) <= set(first.roles)
+        is_generation = (self.when_false, self.when_true) == PAIR  # a loop sets the flag after the prompt
         if first is None or second is None or not is_generation or self.into not in second.roles:
             return branches
         others = [Claim.same(role) for role in second.roles if role != self.into]

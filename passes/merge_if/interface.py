@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -49,6 +49,11 @@ class Interface:
             _refuse_two_ranks("output", name, givers)
             _refuse_mixed_up(name, givers, made.inputs)
         return made
+
+    @property
+    def computed(self) -> dict[str, ir.Value]:
+        """The outputs that are no inputs, each as one side has it."""
+        return {name: next(iter(givers.values())) for name, givers in self.outputs.items() if name not in self.inputs}
 
     def shape(self, givers: Givers) -> ir.Shape | None:
         """Return what is true of the shape of an input or output, whichever side runs.
@@ -120,12 +125,20 @@ def _refuse_mixed_up(name: str, givers: Givers, inputs: Mapping[str, Givers]) ->
 
 
 def _refuse_two_defaults(name: str, givers: Givers) -> None:
-    defaults = {value.const_value.tobytes() if value.const_value is not None else None for value in givers.values()}
-    if len(defaults) > 1:
+    if len({_default(value) for value in givers.values()}) > 1:
         raise Refused(
             f"the input {name!r} has another default value in {' than in '.join(map(repr, givers))}, or none",
             hint="make the defaults the same, or give one of the inputs another name with rename_io",
         )
+
+
+def _default(value: ir.Value) -> tuple[Hashable, ...] | None:
+    """Return what decides whether two defaults of one type are the same: equal bytes may have two shapes."""
+    tensor = value.const_value
+    if tensor is None:
+        return None
+    is_text = tensor.dtype == ir.DataType.STRING
+    return (*tensor.shape.numpy(), tuple(tensor.numpy().ravel().tolist()) if is_text else tensor.tobytes())
 
 
 def common_shape(values: Sequence[ir.Value]) -> ir.Shape | None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +21,8 @@ from surgery.storage import find_twins
 # outside (`qdq_actions.cc: TransposeDQWeightsForMatMulNBits Missing required weight`); see tests/passes/
 # test_merge_if_in_runtime.py.
 QUANTIZED = frozenset({"DequantizeLinear", "QuantizeLinear"})
+
+Said = TypeVar("Said", str, int)
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,10 @@ def join(
     merged = ir.Model(
         graph,
         ir_version=max(first.ir_version, second.ir_version),
-        producer_name=first.producer_name,
-        producer_version=first.producer_version,
-        domain=first.domain,
-        model_version=first.model_version,
+        producer_name=_same(first.producer_name, second.producer_name),
+        producer_version=_same(first.producer_version, second.producer_version),
+        domain=_same(first.domain, second.domain),
+        model_version=_same(first.model_version, second.model_version),
         doc_string=_same(first.doc_string, second.doc_string),
         metadata_props=_common(first.metadata_props, second.metadata_props),
         functions=functions,
@@ -94,7 +97,7 @@ def join(
     return Joined(merged, shared, shared_bytes)
 
 
-def _same(first: str | None, second: str | None) -> str | None:
+def _same(first: Said | None, second: Said | None) -> Said | None:
     """Return what either says and the other does not contradict."""
     return first or second if not first or not second or first == second else None
 
@@ -106,16 +109,7 @@ def _common(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, st
 
 def _merged_input(givers: Givers, shape: ir.Shape | None) -> ir.Value:
     first = next(iter(givers.values()))
-    made = ir.Value(
-        name=first.name,
-        type=first.type,
-        shape=shape,
-        doc_string=first.doc_string,
-        const_value=first.const_value,
-    )
-    for value in givers.values():
-        made.metadata_props.update(value.metadata_props)
-    return made
+    return _described(ir.Value(name=first.name, type=first.type, shape=shape, const_value=first.const_value), givers)
 
 
 def _merged_output(name: str, givers: Givers, interface: Interface, stand_in: ir.Value | None) -> ir.Value:
@@ -124,9 +118,14 @@ def _merged_output(name: str, givers: Givers, interface: Interface, stand_in: ir
         shape = common_shape((first, stand_in))
     else:
         shape = interface.shape(givers) if len(givers) > 1 else _shape_or_empty(first)
-    made = ir.Value(name=name, type=first.type, shape=shape, doc_string=first.doc_string)
-    for value in givers.values():
-        made.metadata_props.update(value.metadata_props)
+    return _described(ir.Value(name=name, type=first.type, shape=shape), givers)
+
+
+def _described(made: ir.Value, givers: Givers) -> ir.Value:
+    """Give a value the documentation and metadata that one side has and the other does not contradict."""
+    first, *_, last = (*givers.values(), *givers.values())
+    made.doc_string = _same(first.doc_string, last.doc_string)
+    made.metadata_props.update(_common(first.metadata_props, last.metadata_props))
     return made
 
 

@@ -15,6 +15,8 @@ from surgery.irpass import move_into
 from surgery.storage.hollow import Stub, Weight, hollow
 
 LONG_NAME = "ai.onnx"
+FOR_ALL_TYPES = 16
+"""The first operator set whose `If` gives sequences and optionals too."""
 
 
 def level_opsets(models: Mapping[str, ir.Model]) -> None:
@@ -29,11 +31,46 @@ def level_opsets(models: Mapping[str, ir.Model]) -> None:
     for model in models.values():
         for body in _bodies(model):
             _use_short_name(body)
+    own = _highest(models, "") or FOR_ALL_TYPES
+    for model in models.values():
+        model.graph.opset_imports.setdefault("", own)  # of a model that uses none of ONNX's own operators
     for domain in sorted({domain for model in models.values() for domain in model.graph.opset_imports}):
-        bodies = [body for model in models.values() for body in _bodies(model)]
-        wanted = max(body.opset_imports.get(domain, 0) for body in bodies)
+        wanted = _highest(models, domain)
         for role, model in models.items():
             _raise(model, role, domain, wanted)
+
+
+def _highest(models: Mapping[str, ir.Model], domain: str) -> int:
+    return max(body.opset_imports.get(domain, 0) for model in models.values() for body in _bodies(model))
+
+
+def refuse_ungiven(outputs: Mapping[str, ir.Value], version: int) -> None:
+    """Refuse outputs that an `If` of an operator set cannot give: sequences come with 13, optionals with 16.
+
+    Args:
+        outputs: What it is to give, by name.
+        version: The version of ONNX's own operators.
+
+    Raises:
+        Refused: One of them is of another type.
+    """
+    schema = get_schema("If", version, "")
+    (given,) = (set(types.allowed_type_strs) for types in schema.type_constraints if types.type_param_str == "V")
+    for name, value in outputs.items():
+        if value.type is not None and _type_string(value.type) not in given:
+            raise Refused(
+                f"the output {name!r} is {_type_string(value.type)}, which an If of opset {version} does not give",
+                hint="export both at a higher opset",
+            )
+
+
+def _type_string(type_: ir.TypeProtocol) -> str:
+    """Return a type as onnx's schemas write it, such as `seq(tensor(float))`."""
+    if isinstance(type_, ir.SequenceType):
+        return f"seq({_type_string(type_.elem_type)})"
+    if isinstance(type_, ir.OptionalType):
+        return f"optional({_type_string(type_.elem_type)})"
+    return f"tensor({type_.dtype.name.lower()})"
 
 
 def _bodies(model: ir.Model) -> list[ir.Graph | ir.Function]:

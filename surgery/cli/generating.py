@@ -15,6 +15,7 @@ import typer
 from surgery.cli.prompting import Prompt, encoded, joined, prompts_of
 from surgery.cli.shell import (
     INTERRUPTED,
+    MOST_SEED,
     BundleArgument,
     DebugOption,
     ProvidersOption,
@@ -69,7 +70,9 @@ def generate(
     ] = None,
     seed: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Sample from this seed; left out, another one each time.", show_default=False),
+        typer.Option(
+            min=0, max=MOST_SEED, help="Sample from this seed; left out, another one each time.", show_default=False
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the tokenizer's chat template.")] = False,
     system: Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from surgery.cli.shell import (
     INTERRUPTED,
+    MOST_SEED,
     BundleArgument,
     DebugOption,
     ProvidersOption,
@@ -19,6 +20,8 @@ from surgery.cli.shell import (
     numbers_in,
     opened_bundle,
     providers_named,
+    refuse_no_file,
+    refuse_no_folder,
     short,
     write_file,
 )
@@ -52,7 +55,7 @@ def bench(
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="FOLDER", help="PyTorch's weights; without them random ones at the same configuration."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draw the prompts from this seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Draw the prompts from this seed.")] = 0,
     json_file: JsonFileOption = None,
     plots: Annotated[
         Optional[Path],  # noqa: UP045
@@ -74,6 +77,9 @@ def bench(
         if plots is not None:
             refuse_strange_format(plots / f"latency.{plot_format}")
             refuse_without_plots()
+            refuse_no_folder(plots)
+        if json_file is not None:
+            refuse_no_file(json_file)
         if torch is not None and not (torch / "config.json").is_file():
             raise RecipeError(f"{torch}: no config.json is there", hint="--torch with a Hugging Face folder")
         cases = [
@@ -149,6 +155,9 @@ def profile(
         if plot is not None:
             refuse_strange_format(plot)
             refuse_without_plots()
+            refuse_no_folder(plot.parent)
+        if json_file is not None:
+            refuse_no_file(json_file)
         with console.status("opening") as status:
             bundle = opened_bundle(source, Path(scratch), status.update)
             role = role_in(bundle, role)

@@ -32,7 +32,7 @@ def prompts_of(texts: Sequence[str] | None, file: str | None, ids: Sequence[str]
     """
     from surgery.errors import RecipeError
 
-    found = [Prompt(sys.stdin.read().rstrip("\n") if text == "-" else text) for text in texts or ()]
+    found = [Prompt(_standard_input().rstrip("\n") if text == "-" else text) for text in texts or ()]
     found += [Prompt(line) for line in _lines(file)] if file is not None else []
     if found and ids:
         raise RecipeError("texts and tokens do not go together", hint="--prompt, or --ids")
@@ -42,6 +42,9 @@ def prompts_of(texts: Sequence[str] | None, file: str | None, ids: Sequence[str]
     empty = next((prompt for prompt in found if prompt.text == ""), None)
     if empty is not None:
         raise RecipeError("a prompt is empty", hint="give it a text")
+    strange = next((prompt for prompt in found if not _is_unicode(str(prompt))), None)
+    if strange is not None:
+        raise RecipeError(f"the prompt {str(strange)!r} is not UTF-8", hint="iconv -t UTF-8")
     return found
 
 
@@ -49,11 +52,25 @@ def _lines(file: str) -> list[str]:
     from surgery.errors import RecipeError
 
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = _standard_input() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise RecipeError(f"--prompts-file {file}: cannot be read: {reason}") from error
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _standard_input() -> str:
+    from surgery.errors import RecipeError
+
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RecipeError("standard input is not UTF-8", hint="iconv -t UTF-8") from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Say whether a text is whole: Python keeps bytes that it cannot read as halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _tokens(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +29,16 @@ BundleArgument = Annotated[
         show_default=False,
     ),
 ]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="Threads; 0 for as many as there are cores.")]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, max=1024, help="Threads; 0 for as many as there are cores.")
+]
 ProvidersOption = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads annotations at run time
     typer.Option("--provider", help="Where ONNX Runtime runs: cpu, cuda, or a provider's name; more for a fallback."),
 ]
+
+MOST_SEED = 2**32 - 1
+"""The largest seed that numpy takes, which transformers seeds as well."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -62,6 +68,8 @@ def errors_said(console: Console, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted: nothing was written", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise  # whoever reads has enough: typer leaves with 1 and says nothing
     except Exception as error:
         if debug:
             raise
@@ -104,6 +112,40 @@ def opened_bundle(source: str, scratch: Path, say: Callable[[str], None]) -> Bun
     from surgery.sources import find_source
 
     return find_source(Source(path=source), Path()).open(scratch, say).bundle
+
+
+def refuse_no_file(path: str) -> None:
+    """Find out before the work is done that a file could not be written; `-` is standard output.
+
+    Raises:
+        OutputError: Its folder is not there, it is a folder itself, or may not be written to.
+    """
+    from surgery.errors import OutputError
+
+    file = Path(path)
+    if path == "-":
+        return
+    if not file.parent.is_dir():
+        raise OutputError(f"{path}: cannot be written: there is no folder {str(file.parent)!r}")
+    if file.is_dir():
+        raise OutputError(f"{path}: cannot be written: it is a folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OutputError(f"{path}: cannot be written: it is not allowed")
+
+
+def refuse_no_folder(path: Path) -> None:
+    """Find out before the work is done that a folder could not be written into; it may still be made.
+
+    Raises:
+        OutputError: It, or what it would be made in, is no folder, or may not be written to.
+    """
+    from surgery.errors import OutputError
+
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise OutputError(f"{path}: cannot be written: {str(there)!r} is no folder")
+    if not os.access(there, os.W_OK):
+        raise OutputError(f"{path}: cannot be written: it is not allowed")
 
 
 def write_file(path: str, text: str) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from surgery.bundle import Bundle
 from surgery.claims import HostLoop
 from surgery.interfaces import FLAG, Recognised, recognise
-from surgery.runtime.loops import PAIR
+from surgery.runtime.loops import PAIR, start_id
 
 FED = frozenset(
     {"input_ids", "attention_mask", "position_ids", "encoder_hidden_states", "encoder_attention_mask", FLAG}
@@ -31,7 +31,7 @@ def greedy_loop(bundle: Bundle) -> HostLoop | None:
     if set(known) != set(roles):
         return None
     is_crossed = any(one.family == "cross decoder" for one in known.values())
-    can_start = not is_crossed or config.get("decoder_start_token_id", config.get("bos_token_id")) is not None
+    can_start = not is_crossed or start_id(config) is not None
     return HostLoop("greedy", roles) if is_crossed == ("encoder" in roles) and can_start else None
 
 

@@ -176,6 +176,12 @@ def greedy(models: Mapping[str, Callee], feeds: Mapping[str, np.ndarray], config
 LOOPS: Mapping[str, Callable[..., Arrays]] = {"greedy": greedy}
 
 
+def start_id(config: Mapping[str, Any]) -> int | None:
+    """Return the token that begins the answer of an encoder-decoder, as transformers chooses it."""
+    start: int | None = config.get("decoder_start_token_id")
+    return start if start is not None else config.get("bos_token_id")
+
+
 def _end_ids(config: Mapping[str, Any]) -> frozenset[int]:
     ends = config.get("eos_token_id")
     if ends is None:
@@ -248,7 +254,7 @@ def _start_decoder(
 def _start_encoder_decoder(
     models: Mapping[str, Callee], feeds: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[Arrays, Step]:
-    start = config.get("decoder_start_token_id", config.get("bos_token_id"))
+    start = start_id(config)
     if start is None:
         raise SurgeryError("the generation config has no decoder_start_token_id, so nothing can be generated")
     decoders = _Decoders(models, config)

@@ -55,7 +55,7 @@ def comparer(exported: Callable[[str], Path]) -> Path:
 def call() -> Call:
     """Run a command in this process, which has imported torch already."""
 
-    def run(*arguments: str | Path, stdin: str | None = None) -> Result:
+    def run(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
     return run

@@ -139,6 +139,23 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
     assert said in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--json", "--plots"])
+@pytest.mark.parametrize("command", ["bench", "profile"])
+def test_a_place_that_cannot_be_written_is_said_before_anything_runs(
+    merged_adder: Path, call: Call, tmp_path: Path, command: str, option: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    place = tmp_path / "file" / "deeper"
+    if command == "profile" and option == "--plots":
+        option, place = "--plot", place / "p.svg"
+    done = call(command, merged_adder, option, place)
+    assert done.exit_code == 1
+    assert f"{tmp_path / 'file'}" in done.stderr
+    assert "cannot be written" in done.stderr
+    assert done.stdout == ""
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.mark.long
 def test_pytorch_runs_the_weights_that_it_is_given(merged_adder: Path, call: Call, tmp_path: Path) -> None:
     """A folder without weights makes the row fail: it does not fall back to random ones."""

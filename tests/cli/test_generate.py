@@ -122,6 +122,8 @@ def test_a_seed_repeats_what_was_sampled_and_another_does_not(foreign_t5: Path, 
         (("--ids", "1", "--system", "Be brief."), "a chat is of texts"),
         (("--prompt", SUM, "--max-new-tokens", "1000"), "--max-new-tokens 250"),
         (("--prompts-file", "nowhere"), "--prompts-file nowhere: cannot be read"),
+        (("--prompt", "1\udcff="), r"the prompt '1\udcff=' is not UTF-8"),
+        (("--prompt", SUM, "--seed", str(2**32)), "'--seed'"),
         (("--prompt", SUM, "--provider", "NoSuchExecutionProvider"), "NoSuchExecutionProvider"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -131,6 +133,28 @@ def test_what_cannot_be_done_is_said(adder: Path, call: Call, arguments: tuple[s
     assert done.exit_code in (1, 2)
     assert said in done.stderr
     assert done.stdout == ""
+
+
+def test_standard_input_of_another_encoding_is_said(adder: Path, call: Call) -> None:
+    done = call("generate", adder, "--prompt", "-", stdin=b"\xff\xfe")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: standard input is not UTF-8")
+
+
+def test_a_line_ends_where_a_line_of_a_file_does(call: Call, adder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sums").write_text("27+\u202858=\r\n", encoding="utf-8", newline="")
+    done = call("generate", adder, "--prompts-file", tmp_path / "sums")
+    assert r"the tokenizer cannot read '27+\u202858='" in done.stderr
+
+
+def test_whoever_has_read_enough_is_not_told_of_an_error(adder: Path) -> None:
+    command = [sys.executable, "-m", "surgery", "generate", str(adder), "--prompt", SUM]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_a_chat_template_is_filled_in(adder: Path, call: Call, tmp_path: Path) -> None:

@@ -95,6 +95,21 @@ def test_a_matrix_that_is_transposed_on_the_way_is_a_matrix():
     assert len(slices(model)) == 1
 
 
+def test_a_matrix_that_is_dequantized_on_the_way_is_a_matrix():
+    weights = "<int8[2, 3] head = {1, -2, 3, 4, -5, 6}, float scale = {0.5}, int8 zero = {1}>"
+    model = cut("float[b, s, 2] x", weights, "w = DequantizeLinear(head, scale, zero) logits = MatMul(x, w)")
+    assert len(slices(model)) == 1
+
+
+def test_rows_that_become_several_positions_each_are_refused():
+    model = parse(
+        "g (float[s, 2] x) => (float[s, 2, 3] logits) <float[6, 2] head = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}, "
+        f"int64[2] flat = {{-1, 2}}, int64[2] width = {{2, 3}}> {{ {ROWS.format(LEADING)} logits = Reshape(g, t) }}"
+    )
+    with pytest.raises(Refused, match=r"comes from node '' \(Reshape\), not from a product"):
+        run_pass(LastLogits(), model)
+
+
 def test_what_tie_transposed_makes_of_the_product_is_cut():
     model = cut("float[b, s, 2] x", f"<{TIED}, {FLAT}>", f"{ROWS.format(LEADING)} logits = Reshape(g, t)")
     assert {reader.op_type for reader, _ in slices(model)[0].outputs[0].uses()} == {"Reshape", "Shape"}

@@ -428,6 +428,11 @@ def test_generation_over_the_pair_is_claimed_over_the_merged_model():
     assert set(named_otherwise.records[1].verdict.coverage) == {"decoder as prefill", "decoder as decode"}
 
 
+def test_a_flag_that_means_the_opposite_claims_no_generation():
+    result = Pipeline([MergeIf(when_true="prefill", when_false="decode")]).run(decoder_pair())
+    assert set(result.records[1].verdict.coverage) == {"decoder as prefill", "decoder as decode"}
+
+
 def test_tokens_that_an_earlier_step_changed_are_not_held_against_the_merge():
     result = Pipeline([KeepTen(models=("prefill",)), MergeIf()]).run(decoder_pair())
     verdict = result.records[2].verdict

@@ -126,6 +126,30 @@ def test_weights_that_callers_may_override_on_one_side_only_need_not_be_fed():
     assert run(model, x=x, scale=np.array([5.0], np.float32), use_cache_branch=flags[0])["y"].tolist() == [15.0]
 
 
+def with_default(name: str, *sizes: int) -> ir.Model:
+    shaped = [onnx.numpy_helper.from_array(np.arange(6, dtype=np.float32).reshape(sizes), "scale")]
+    inputs, outputs = ([floats(value, ["a", "b"])] for value in ("scale", "y"))
+    graph = helper.make_graph([helper.make_node("Transpose", ["scale"], ["y"])], name, inputs, outputs, shaped)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
+
+
+def test_defaults_of_equal_bytes_and_two_shapes_are_two_defaults():
+    refused(with_default("decode", 2, 3), with_default("prefill", 3, 2), "the input 'scale' has another default value")
+
+
+def test_defaults_of_strings_are_compared_by_what_they_say():
+    text = """
+    {name} (float[n] x, string[1] word = {{"{word}"}}) => (float[n] y, string[1] said) {{
+        y = {op}(x)
+        said = Identity(word)
+    }}
+    """
+    first = text.format(name="decode", word="w", op="Neg")
+    model, _ = merge(first, text.format(name="prefill", word="w", op="Abs"))
+    assert run(model, x=np.ones(1, np.float32), use_cache_branch=np.array([True]))["said"].tolist() == ["w"]
+    refused(first, text.format(name="prefill", word="v", op="Abs"), "the input 'word' has another default value")
+
+
 def test_an_output_that_is_a_small_weight_and_one_that_is_a_constant_are_given_by_the_branch():
     model, _ = merge(
         "decode (float[n] x) => (float[2] w, float[n] y, float[2] c) <float[2] w = {1, 2}> "
@@ -215,6 +239,28 @@ def test_sequences_as_outputs_are_given_by_both_branches():
     for flag, expected in ((True, -1.0), (False, 1.0)):
         rows = run(made, x=np.ones(1, np.float32), at=np.array(0), use_cache_branch=np.array([flag]))["rows"]
         assert [row.tolist() for row in rows] == [[1.0], [expected]]
+
+
+@pytest.mark.parametrize(
+    ("opset", "type_", "op", "said"),
+    [
+        (
+            12,
+            "seq(float[n])",
+            "SequenceConstruct",
+            r"the output 'y' is seq\(tensor\(float\)\), which an If of opset 12",
+        ),
+        (
+            15,
+            "optional(float[n])",
+            "Optional",
+            r"the output 'y' is optional\(tensor\(float\)\), which an If of opset 15",
+        ),
+    ],
+)
+def test_an_output_that_an_if_of_its_operator_set_cannot_give_is_refused(opset: int, type_: str, op: str, said: str):
+    text = f'<ir_version: 8, opset_import: ["" : {opset}]> decode (float[n] x) => ({type_} y) {{ y = {op}(x) }}'
+    refused(text, text.replace("decode", "prefill"), said)
 
 
 def test_a_sequence_that_only_one_side_gives_or_takes_is_refused_by_name():
@@ -433,6 +479,15 @@ def test_a_changed_operator_inside_a_graph_is_refused_since_the_converter_does_n
     )
 
 
+def test_models_that_use_no_operator_of_onnx_itself_get_an_operator_set_with_an_if():
+    text = """
+    <ir_version: 8, opset_import: ["com.microsoft" : 1]>
+    {name} (float[n] x) => (float[n] y) {{ y = com.microsoft.{op}(x) }}
+    """
+    model, _ = merge(text.format(name="decode", op="Gelu"), text.format(name="prefill", op="QuickGelu"))
+    assert model.graph.opset_imports == {"": 16, "com.microsoft": 1}
+
+
 def test_an_operator_that_only_takes_more_types_has_not_changed_in_graphs_either():
     old = """
     <ir_version: 8, opset_import: ["" : 11]>
@@ -466,6 +521,20 @@ def test_documentation_survives_where_it_belongs():
         ("minus", "decode"),
         ("minus", "prefill"),
     ]
+
+
+def test_what_only_the_second_model_says_of_itself_and_of_its_values_is_kept():
+    first, second = (
+        as_model(f"{name} (float[n] x) => (float[n] y) {{ y = Neg(x) }}") for name in ("decode", "prefill")
+    )
+    second.producer_name, second.domain, second.model_version = "maker", "here", 3
+    second.graph.inputs[0].doc_string, second.graph.outputs[0].doc_string = "numbers", "their opposites"
+    for value, said in ((first.graph.inputs[0], "1"), (second.graph.inputs[0], "2")):
+        value.metadata_props.update({"unlike": said, "both": "3"})
+    made = apply(first, second)
+    assert (made.producer_name, made.domain, made.model_version) == ("maker", "here", 3)
+    assert (made.graph.inputs[0].doc_string, made.graph.outputs[0].doc_string) == ("numbers", "their opposites")
+    assert made.graph.inputs[0].metadata_props == {"both": "3"}
 
 
 def test_only_the_if_counts_as_made_and_what_gives_a_renamed_value_as_changed():

@@ -16,7 +16,7 @@ from passes.last_logits import LastLogits
 from passes.merge_if import MergeIf
 from surgery.bundle import Bundle
 from surgery.contract import Context
-from surgery.errors import RecipeError, Refused, SurgeryError
+from surgery.errors import ModelFileError, RecipeError, Refused, SurgeryError
 from surgery.interfaces import rename_values
 from surgery.recipe import Source
 from surgery.sources import find_source
@@ -301,6 +301,21 @@ def test_an_encoder_decoder_without_a_first_token_is_refused():
     bundle.generation_config = {"eos_token_id": 2, "pad_token_id": 0}
     with pytest.raises(ValueError, match="decoder_start_token_id"):
         tokens(bundle)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("config", {"vocab_size": "many"}),
+        ("generation_config", {"eos_token_id": "end"}),
+        ("generation_config", {"max_new_tokens": 0}),
+    ],
+)
+def test_a_config_that_transformers_does_not_take_is_said_by_its_file(file: str, words: dict[str, Any]):
+    bundle = folder("gpt2_all", "decoder")
+    setattr(bundle, file, {**getattr(bundle, file), **words})
+    with pytest.raises(ModelFileError, match=f"^{file}.json: .*{next(iter(words))}"):
+        opened(bundle)
 
 
 # Folders and tokenizers

@@ -19,6 +19,7 @@ from surgery.contract import Effect, Tolerance
 from surgery.errors import SurgeryError
 from surgery.interfaces import PRESETS, recognise, rename_values
 from surgery.recipe import Source
+from surgery.runtime.host_loops import greedy_loop
 from surgery.runtime.loops import Callee, Signature, greedy
 from surgery.runtime.prompts import answer
 from surgery.runtime.sessions import open_session
@@ -103,6 +104,14 @@ def test_an_encoder_s_keys_and_values_are_carried_from_the_prompt_on(t5: Bundle)
             assert given[f"present.0.{key}"].size == 0
             assert np.array_equal(fed[f"past_key_values.0.{key}"], first[f"present.0.{key}"])
             assert fed["past_key_values.0.decoder.key"].shape[2] == number
+
+
+def test_an_answer_begins_with_the_text_s_first_token_where_the_config_leaves_it_open(t5: Bundle) -> None:
+    roles = ("encoder", "prefill", "decode")
+    config = {**t5.config, "decoder_start_token_id": None, "bos_token_id": 0, "pad_token_id": 0}
+    assert np.array_equal(greedy(callees(t5, *roles)[0], PROMPTS, config)["sequences"], tokens(t5, *roles))
+    bundle = Bundle({role: t5[role] for role in roles}, config)
+    assert greedy_loop(bundle) == HostLoop("greedy", roles)
 
 
 @pytest.mark.parametrize("role", ["decoder", "decode"])

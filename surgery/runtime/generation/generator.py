@@ -183,9 +183,8 @@ class Generator(GenerationMixin):  # type: ignore[misc]
             SurgeryError: Ids are no integers, outside the vocabulary, or none; this is closed; or ONNX Runtime fails.
             ValueError: transformers does not take the arguments.
         """
-        if self._reader is None:
-            raise SurgeryError("generate: this generator is closed", hint="open it anew")
-        refuse_options(generation_config, kwargs)
+        self._refuse_if_closed("generate")
+        refuse_options(generation_config, kwargs, has_encoder=self._encoder is not None)
         if self._encoder is None or self.main_input_name == "input_ids":
             refuse_ids(inputs if inputs is not None else kwargs.get("input_ids"), self.config)
         with one_torch_thread() if self.device.type == "cpu" else contextlib.nullcontext():
@@ -225,11 +224,13 @@ class Generator(GenerationMixin):  # type: ignore[misc]
             kwargs: What transformers hands to any model.
 
         Returns:
-            `logits` [batch, at least so many positions, vocabulary] and `past_key_values`.
+            `logits` [batch, new or so many positions, vocabulary] and `past_key_values`; `return_dict=False` makes it a
+            tuple.
 
         Raises:
             SurgeryError: Shapes do not agree, or ONNX Runtime cannot run the model on these.
         """
+        self._refuse_if_closed("forward")
         unknown = [name for name, value in kwargs.items() if name not in PASSED_ON and is_given(value)]
         if unknown:
             raise Refused(f"forward: {unknown[0]}: {REFUSED.get(unknown[0], 'nothing in the models takes it')}")
@@ -249,12 +250,19 @@ class Generator(GenerationMixin):  # type: ignore[misc]
             logits = self._reader.read(news, cache, logits_to_keep)
         except SurgeryError as error:
             raise self._explained(error, cache.length + len(news)) from error
+        if 0 < logits_to_keep < logits.shape[1]:
+            logits = logits[:, -logits_to_keep:]
         kept = cache if use_cache is not False and self._reader.has_cache else None
         if self._encoder is None:
-            return CausalLMOutputWithPast(logits=logits, past_key_values=kept)
-        return Seq2SeqLMOutput(
-            logits=logits, past_key_values=kept, encoder_last_hidden_state=news.encoded["encoder_hidden_states"]
-        )
+            output = CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+        else:
+            states = news.encoded["encoder_hidden_states"]
+            output = Seq2SeqLMOutput(logits=logits, past_key_values=kept, encoder_last_hidden_state=states)
+        return output if kwargs.get("return_dict") is not False else output.to_tuple()
+
+    def _refuse_if_closed(self, call: str) -> None:
+        if self._reader is None:
+            raise SurgeryError(f"{call}: this generator is closed", hint="open it anew")
 
     def _explained(self, error: SurgeryError, length: int) -> SurgeryError:
         """Return what an error of the runtime means, where that is known."""
@@ -290,10 +298,15 @@ class Generator(GenerationMixin):  # type: ignore[misc]
         is_encoder_decoder: bool = False,
         num_new_tokens: int = 1,
     ) -> dict[str, Any]:
-        """Of the positions keep the last one where there is a cache: transformers would copy all at every step."""
+        """Where there is a cache, keep the last position and no mask of ones; transformers copies all each time."""
         positions = model_kwargs.get("position_ids")
-        if positions is not None and model_kwargs.get("use_cache"):
+        has_cache = model_kwargs.get("use_cache")
+        if positions is not None and has_cache:
             model_kwargs["position_ids"] = None
+        if has_cache and self._encoder is None:
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None and bool(mask.all()):
+                del model_kwargs["attention_mask"]
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )

@@ -24,15 +24,22 @@ REFUSED: Mapping[str, str] = {
 }
 """Arguments of `generate` that cannot be had from models like these, and why."""
 
+REFUSED_BESIDE_AN_ENCODER: Mapping[str, str] = {
+    "guidance_scale": "transformers guides decoders on their own only",
+    "prefill_chunk_size": "transformers cuts the prompts of decoders on their own only",
+}
+"""The same, of an encoder-decoder."""
 
-def refuse_options(config: Any, kwargs: Mapping[str, Any]) -> None:
+
+def refuse_options(config: Any, kwargs: Mapping[str, Any], *, has_encoder: bool) -> None:
     """Raise for options of `generate` that cannot be had from ONNX models.
 
     Args:
         config: The `GenerationConfig` that is given, if any.
         kwargs: The options that are given by name.
+        has_encoder: The models are an encoder-decoder.
     """
-    for name, reason in REFUSED.items():
+    for name, reason in {**REFUSED, **(REFUSED_BESIDE_AN_ENCODER if has_encoder else {})}.items():
         if is_given(asked(name, config, kwargs)):
             raise Refused(f"generate: {name}: {reason}", hint="generate with the PyTorch model, or leave it out")
     cache = asked("cache_implementation", config, kwargs)
