@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from surgery.late_imports import import_late
+
 
 def main() -> None:
     """Run the command line; the current directory is taken off the import path so that it can shadow nothing.
@@ -16,6 +18,7 @@ def main() -> None:
     here = Path.cwd()
     if here != home:
         sys.path[:] = [entry for entry in sys.path if entry not in ("", str(here))]
+    import_late()
     from surgery.cli import app
 
     app()

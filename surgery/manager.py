@@ -20,7 +20,7 @@ from surgery.recipe import Check, Step
 from surgery.registry import givers
 
 if TYPE_CHECKING:
-    from surgery.accuracy.judge import Judge
+    from surgery.accuracy.late import LateJudge
     from surgery.accuracy.verdict import Verdict
 
 
@@ -177,7 +177,7 @@ class Manager:
         progress: Takes a sentence to show while a step works.
     """
 
-    judge: Judge
+    judge: LateJudge
     watchers: Sequence[Watcher]
     check: Check
     scratch: Path

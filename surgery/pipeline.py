@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ from surgery.units import in_bytes
 
 if TYPE_CHECKING:
     from surgery.accuracy.judge import Judge
+    from surgery.accuracy.late import LateJudge
+    from surgery.accuracy.runners import Reference
     from surgery.runtime.prompts import Answer
     from surgery.storage import SavedFile
 
@@ -199,7 +202,7 @@ def run_recipe(
         Stopped: A step stopped the run; the bundle before it is in the error.
         SurgeryError: The source cannot be opened, or the recipe does not fit it.
     """
-    from surgery.accuracy.judge import Judge
+    from surgery.accuracy.late import LateJudge
     from surgery.runtime.prompts import refuse_unanswerable
     from surgery.watchers import Accuracy, Ledger, Snapshots, Validity
 
@@ -213,7 +216,9 @@ def run_recipe(
     start = time.perf_counter()
     opened = source.open(Path(scratch.name), say)
     seconds = time.perf_counter() - start
-    with closing(Judge(opened.bundle, recipe.check, opened.reference, recipe.folder)) as judge:
+    reference = opened.reference if is_checked else None
+    with closing(LateJudge(partial(_judge_of, opened.bundle, recipe, reference))) as judge:
+        del reference
         opened = replace(opened, reference=None)  # the judge lets go of it after line 0, and so must we
         snapshots = Snapshots()
         checks: list[Watcher] = [Validity(), Accuracy(judge)] if is_checked else []
@@ -240,7 +245,13 @@ def run_recipe(
     return Result(finished, ledger.records, answers, recipe.source.path, check, opened.inputs, scratch)
 
 
-def _ask(check: Check, judge: Judge, source: Bundle, finished: Bundle) -> list[Answer]:
+def _judge_of(source: Bundle, recipe: Recipe, reference: Reference | None) -> Judge:
+    from surgery.accuracy.judge import Judge
+
+    return Judge(source, recipe.check, reference, recipe.folder)
+
+
+def _ask(check: Check, judge: LateJudge, source: Bundle, finished: Bundle) -> list[Answer]:
     """Let the finished bundle continue the recipe's prompts.
 
     Raises:

@@ -6,13 +6,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
 from surgery.errors import SurgeryError
+from surgery.runtime.sessions import runtime
+
+runtime()  # where it is not installed, this says so
+
+from onnxruntime.capi._pybind_state import OrtValue  # noqa: E402
 
 if TYPE_CHECKING:
     import onnxruntime
-    import torch
 
 BOOL = "tensor(bool)"
+CPU = "cpu"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """The provider whose memory a device of torch is."""
 
@@ -20,8 +28,9 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class BoundSession:
     """Runs a model on values that stay on the session's device.
 
-    Values are ONNX Runtime's own (`OrtValue`). What one run gives may be fed to the next as it is, which is how a cache
-    goes from step to step without anybody touching it; `as_torch` and `as_value` look at one as the other over the same
+    Values are ONNX Runtime's own `OrtValue`, not the class of that name around it, which would be made and taken off
+    for every piece of a cache at every step. What one run gives may be fed to the next as it is: so a cache goes
+    from step to step without anybody touching it; `as_torch` and `as_value` look at one as the other over the same
     memory, by DLPack.
 
     Args:
@@ -49,7 +58,7 @@ class BoundSession:
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.outputs = tuple(value.name for value in session.get_outputs())
 
-    def run(self, feeds: Mapping[str, onnxruntime.OrtValue]) -> dict[str, onnxruntime.OrtValue]:
+    def run(self, feeds: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
         """Run once.
 
         Args:
@@ -69,33 +78,32 @@ class BoundSession:
         except Exception as error:
             raise SurgeryError(f"ONNX Runtime cannot run the model: {error}") from error
 
-    def _run_here(self, feeds: Mapping[str, onnxruntime.OrtValue]) -> dict[str, onnxruntime.OrtValue]:
-        """Run on the CPU, where a binding is of no use: it takes half of what the call costs beside the model.
+    def _run_here(self, feeds: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
+        """Run on the CPU, where a binding is of no use and takes most of what a call costs beside the model.
 
-        `InferenceSession.run_with_ort_values` does this with checks that cost as much as the binding.
+        `InferenceSession.run_with_ort_values` does this too, with checks that cost as much as the binding.
         """
-        from onnxruntime import OrtValue
-
-        given = {name: feeds[name]._get_c_value() for name in self.inputs}
+        given = {name: feeds[name] for name in self.inputs}
         values = self._session._sess.run_with_ort_values(given, self.outputs, None)
         # By index each is a handle of its own; iterating gives references that keep all the others alive.
-        return {name: OrtValue(values[index]) for index, name in enumerate(self.outputs)}
+        return {name: values[index] for index, name in enumerate(self.outputs)}
 
-    def _run_bound(self, feeds: Mapping[str, onnxruntime.OrtValue]) -> dict[str, onnxruntime.OrtValue]:
+    def _run_bound(self, feeds: Mapping[str, OrtValue]) -> dict[str, OrtValue]:
         """Run on a GPU, and leave what comes out there."""
+        import onnxruntime
+
         self._wait_for_torch()
         binding = self._session.io_binding()
         for name in self.inputs:
-            binding.bind_ortvalue_input(name, feeds[name])
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue(feeds[name]))
         for name in self.outputs:
             binding.bind_output(name, self._device, self._device_id)
         self._session.run_with_iobinding(binding)
-        return dict(zip(self.outputs, binding.get_outputs(), strict=True))
+        values = [value._get_c_value() for value in binding.get_outputs()]
+        return dict(zip(self.outputs, values, strict=True))
 
     def _wait_for_torch(self) -> None:
         """Wait until torch has written what it was asked for: ONNX Runtime works on a stream of its own."""
-        import torch
-
         torch.cuda.current_stream(self._device_id).synchronize()
 
 
@@ -107,8 +115,6 @@ def one_torch_thread() -> Iterator[None]:
     operations over large vocabularies (from 32,768 scores on), and with as many threads as processors in both libraries
     a step of GPT-2 124M took twice the time.
     """
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -117,25 +123,16 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def as_value(tensor: torch.Tensor) -> onnxruntime.OrtValue:
+def as_value(tensor: torch.Tensor) -> OrtValue:
     """Return a tensor as a value over the same memory, which lives as long as either does; copied if not contiguous."""
-    import onnxruntime
-    import torch
-    from onnxruntime.capi._pybind_state import OrtValue
-    from torch.utils.dlpack import to_dlpack
-
     tensor = tensor.detach().contiguous()
     # torch 2.13 writes DLPack's own type of booleans, which ONNX Runtime 1.31 does not read ("Unsupported code 6").
     is_bool = tensor.dtype == torch.bool
-    # `OrtValue.from_dlpack(tensor)` asks `tensor.__dlpack__`, which takes half as long again.
-    capsule = to_dlpack(tensor.view(torch.uint8) if is_bool else tensor)
-    return onnxruntime.OrtValue(OrtValue.from_dlpack(capsule, is_bool))
+    return OrtValue.from_dlpack(to_dlpack(tensor.view(torch.uint8) if is_bool else tensor), is_bool)
 
 
-def as_torch(value: onnxruntime.OrtValue) -> torch.Tensor:
+def as_torch(value: OrtValue) -> torch.Tensor:
     """Return a value as a tensor over the same memory, which lives as long as either does."""
-    import torch
-
     # Asked by torch, a value is asked four times, by words of a newer DLPack first. A GPU's has to know torch's stream.
-    tensor = torch.from_dlpack(value.__dlpack__() if value.device_name() == "cpu" else value)
+    tensor: torch.Tensor = from_dlpack(value.__dlpack__() if value.device_name().lower() == CPU else value)
     return tensor.view(torch.bool) if value.data_type() == BOOL else tensor

@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from surgery.errors import ModelFileError, SurgeryError
+from surgery.interfaces import recognise_names
 from surgery.storage.region import Region, key_of, memory_of
 from surgery.storage.skeleton import ELSEWHERE, skeleton
 
@@ -76,7 +77,7 @@ def open_fast_session(
     if copied:
         options.add_external_initializers(list(copied), list(copied.values()))
     configure(options)
-    session = _create(content, options, providers)
+    session = _create(content, options, providers, but=_slower_fusions(model) if list(providers) == [CPU] else ())
     session.surgery_weights = copied
     return session
 
@@ -182,14 +183,27 @@ def _options(*, optimize: bool, prepacking: bool, threads: int) -> onnxruntime.S
     return options
 
 
+def _slower_fusions(model: ir.Model) -> tuple[str, ...]:
+    """Return the optimizers of ONNX Runtime that make a model slower on the CPU.
+
+    With 1.31, `SkipLayerNormalization` takes 4.2 ms for 16 texts of 128 tokens of width 768, `Add` and
+    `LayerNormalization` 1.4 ms: 5 % of a DistilBERT. A decoder's step has one token, and is faster with fewer nodes.
+    """
+    graph = model.graph
+    names = recognise_names([value.name or "" for value in graph.inputs], [value.name or "" for value in graph.outputs])
+    return () if names is not None and names.cache else ("SkipLayerNormFusion",)
+
+
 def _create(
-    content: bytes, options: onnxruntime.SessionOptions, providers: Sequence[Provider]
+    content: bytes, options: onnxruntime.SessionOptions, providers: Sequence[Provider], *, but: Sequence[str] = ()
 ) -> onnxruntime.InferenceSession:
     """Open a session on exactly these providers: ONNX Runtime itself goes on with the CPU when one is missing."""
     onnxruntime = runtime()
     _refuse_missing(providers, onnxruntime.get_available_providers(), "this ONNX Runtime was built without it")
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=list(providers), enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            content, options, providers=list(providers), enable_fallback=0, disabled_optimizers=list(but)
+        )
     except Exception as error:
         raise _refusal(error) from error
     _refuse_missing(providers, session.get_providers(), "it could not be started; its libraries may be missing")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from surgery.accuracy.judge import Judge
+from surgery.accuracy.late import LateJudge
 from surgery.accuracy.verdict import Gap, Verdict
 from surgery.contract import Effect
 from surgery.errors import Inaccurate, StepFailed
@@ -19,7 +19,7 @@ class Accuracy:
         judge: The judge of the run.
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: LateJudge) -> None:
         self._judge = judge
         self._drift = Gap()
 

@@ -400,3 +400,19 @@ def test_on_a_gpu_everything_stays_there_and_the_tokens_are_the_same(is_merged: 
         assert {value.device_name().lower() for value in output.past_key_values.pieces.values()} == {"cuda"}
         found = generator.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, num_beams=3)
         assert found.tolist() == beams
+
+
+def test_the_likeliest_token_is_found_as_torch_finds_it():
+    from surgery.runtime.generation.choosing import QuickArgmax
+
+    scores = torch.randint(0, 4, (50, 300)).float()  # many are equal
+    scores[3, 7] = float("nan")
+    scores[4] = -float("inf")
+    cases = [scores, scores[:, 10:], scores.T, scores.double(), scores.long(), scores[0], scores[None]]
+    for each in cases:
+        wanted = [torch.argmax(each, dim=-1), torch.argmax(each), torch.argmax(each, dim=-1, keepdim=True)]
+        wanted.append(torch.argmax(each, dim=0))
+        with QuickArgmax():
+            found = [torch.argmax(each, dim=-1), torch.argmax(each), torch.argmax(each, dim=-1, keepdim=True)]
+            found.append(torch.argmax(each, dim=0))
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, wanted, strict=True))

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from surgery.errors import SurgeryError
 from surgery.runtime.sessions import open_fast_session, open_session
 from surgery.storage import fingerprint, open_model, save_model
+from surgery.text import parse
 
 SIDE = 48
 
@@ -170,3 +171,29 @@ print(anonymous() - before)
     command = [sys.executable, "-c", script, str(tmp_path / "m.onnx")]
     megabytes = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert 60 < megabytes < 100
+
+
+@pytest.mark.parametrize(("cache", "wanted"), [(False, "LayerNormalization"), (True, "SkipLayerNormalization")])
+def test_sums_and_norms_are_one_node_where_there_is_a_cache_only(tmp_path, cache, wanted):
+    model = parse("""
+<ir_version: 8, opset_import: ["" : 17]>
+g (float[b, s, 8] x, float[b, 2, past, 4] c) => (float[b, s, 8] y, float[b, 2, past, 4] d)
+    <float[8] scale = {1, 2, 3, 4, 5, 6, 7, 8}, float[8] bias = {1, 0, 1, 0, 1, 0, 1, 0}> {
+    twice = Mul(x, x)
+    sum = Add(x, twice)
+    y = LayerNormalization <axis = -1> (sum, scale, bias)
+    d = Neg(c)
+}
+""")
+    if cache:
+        for name, value in zip(
+            ("past_key_values.0.key", "present.0.key"), (model.graph.inputs[1], model.graph.outputs[1])
+        ):
+            value.name = name
+    seen = tmp_path / "optimized.onnx"
+
+    def configure(options: onnxruntime.SessionOptions) -> None:
+        options.optimized_model_filepath = str(seen)
+
+    open_fast_session(model, threads=1, configure=configure)
+    assert wanted in {node.op_type for node in onnx.load(seen).graph.node}

@@ -13,7 +13,7 @@ from surgery.interfaces import Of, Part
 from surgery.runtime.bound import as_torch, as_value
 
 if TYPE_CHECKING:
-    import onnxruntime
+    from onnxruntime.capi._pybind_state import OrtValue
 
 Key = tuple[int, Of, Part]
 """A piece of the cache: its layer, whose attention it serves, keys or values."""
@@ -36,7 +36,7 @@ class OnnxCache(Cache):  # type: ignore[misc]
 
     def __init__(self) -> None:
         # Not Cache's own: that makes a layer object for each layer, and here there is nothing for one to do.
-        self.pieces: dict[Key, onnxruntime.OrtValue] = {}
+        self.pieces: dict[Key, OrtValue] = {}
         self.length = 0
         self.beams = 1
         self.layers: list[Any] = []
@@ -88,16 +88,16 @@ class OnnxCache(Cache):  # type: ignore[misc]
         """It has no limit."""
         return -1
 
-    def take(self, pieces: Mapping[Key, onnxruntime.OrtValue], new_tokens: int) -> None:
+    def take(self, pieces: Mapping[Key, OrtValue], new_tokens: int) -> None:
         """Replace pieces by those that hold some tokens more."""
         self.pieces.update(pieces)
         self.length += new_tokens
 
-    def snapshot(self) -> tuple[dict[Key, onnxruntime.OrtValue], int]:
+    def snapshot(self) -> tuple[dict[Key, OrtValue], int]:
         """Return what `restore` takes."""
         return dict(self.pieces), self.length
 
-    def restore(self, kept: tuple[dict[Key, onnxruntime.OrtValue], int]) -> None:
+    def restore(self, kept: tuple[dict[Key, OrtValue], int]) -> None:
         """Forget what was read since a snapshot."""
         self.pieces, self.length = kept
 

@@ -15,6 +15,7 @@ from surgery.runtime.generation.types import TYPES
 
 if TYPE_CHECKING:
     import onnxruntime
+    from onnxruntime.capi._pybind_state import OrtValue
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -145,7 +146,7 @@ class Decoder:
             SurgeryError: ONNX Runtime cannot run the model on these.
         """
         is_first = cache.is_empty
-        values: dict[str, onnxruntime.OrtValue] = {}
+        values: dict[str, OrtValue] = {}
         for kind, (name, dtype) in self._own.items():
             if kind != FLAG:
                 values[name] = as_value(feeds[kind].to(device=self._device, dtype=dtype))
@@ -236,7 +237,7 @@ class Decoder:
                     "not [batch, heads, tokens, size of a head]"
                 )
 
-    def _empty(self, batch: int) -> dict[Key, onnxruntime.OrtValue]:
+    def _empty(self, batch: int) -> dict[Key, OrtValue]:
         """Return a cache of no tokens."""
         return {
             key: as_value(

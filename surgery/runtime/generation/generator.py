@@ -19,6 +19,7 @@ from surgery.errors import Refused, SurgeryError
 from surgery.runtime.bound import one_torch_thread
 from surgery.runtime.generation.bundles import config_of, generation_config_of, models_of
 from surgery.runtime.generation.cache import OnnxCache
+from surgery.runtime.generation.choosing import MANY, QuickArgmax
 from surgery.runtime.generation.decoder import Decoder
 from surgery.runtime.generation.encoder import Encoder
 from surgery.runtime.generation.reading import News, Reader
@@ -187,8 +188,17 @@ class Generator(GenerationMixin):  # type: ignore[misc]
         refuse_options(generation_config, kwargs, has_encoder=self._encoder is not None)
         if self._encoder is None or self.main_input_name == "input_ids":
             refuse_ids(inputs if inputs is not None else kwargs.get("input_ids"), self.config)
-        with one_torch_thread() if self.device.type == "cpu" else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cpu":
+                stack.enter_context(one_torch_thread())
+                if self._scores_of(inputs if inputs is not None else kwargs.get("input_ids")) >= MANY:
+                    stack.enter_context(QuickArgmax())
             return super().generate(inputs, generation_config, **kwargs)
+
+    def _scores_of(self, inputs: torch.Tensor | None) -> int:
+        """Return how many scores there are at a step."""
+        rows = len(inputs) if inputs is not None else 1
+        return rows * int(getattr(self.config.get_text_config(decoder=True), "vocab_size", 0) or 0)
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run one step, as `forward` does."""
