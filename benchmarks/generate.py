@@ -485,7 +485,7 @@ def text_of(known: Mapping[str, Facts]) -> str:
         f"{some['machine']}, {some['threads']} threads for each, Python {some['python']}, ONNX Runtime "
         f"{some['onnxruntime']}, PyTorch {some['torch']}, transformers {some['transformers']}. Medians of "
         f"{some['rounds']} rounds in which the tools take turns. Seconds are of the whole generation; a token "
-        "is one step after the first, median over all. Ours and the numpy loop run the same two files; merged is one.",
+        "is one step after the first, median over all. Ratios are medians of those of each round. Ours and the numpy loop run the same two files; merged is one.",
         "",
         "| row | tool | seconds | CPU s | first token, ms | token, ms | PyTorch / it | numpy loop / it | tokens |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
@@ -499,7 +499,10 @@ def text_of(known: Mapping[str, Facts]) -> str:
 
 def row(name: str, tool: str, facts: Facts, tools: Mapping[str, Facts]) -> str:
     def over(other: str) -> str:
-        return f"{tools[other]['seconds'] / facts['seconds']:.2f}" if other in tools else ""
+        if other not in tools:
+            return ""
+        pairs = zip(tools[other]["all_seconds"], facts["all_seconds"], strict=True)
+        return f"{statistics.median(theirs / its for theirs, its in pairs):.2f}"
 
     steps = [f"{facts[key]:.1f}" if key in facts else "" for key in ("first_ms", "token_ms")]
     seconds = [f"{facts[key]:.3g}" for key in ("seconds", "cpu_seconds")]

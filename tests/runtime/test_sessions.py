@@ -186,9 +186,8 @@ g (float[b, s, 8] x, float[b, 2, past, 4] c) => (float[b, s, 8] y, float[b, 2, p
 }
 """)
     if cache:
-        for name, value in zip(
-            ("past_key_values.0.key", "present.0.key"), (model.graph.inputs[1], model.graph.outputs[1])
-        ):
+        names = {"past_key_values.0.key": model.graph.inputs[1], "present.0.key": model.graph.outputs[1]}
+        for name, value in names.items():
             value.name = name
     seen = tmp_path / "optimized.onnx"
 
