@@ -483,17 +483,18 @@ def text_of(known: Mapping[str, Facts]) -> str:
         "",
         f"Made by `benchmarks/generate.py`: random weights at real configurations, float32. {some['cores']} cores, "
         f"{some['machine']}, {some['threads']} threads for each, Python {some['python']}, ONNX Runtime "
-        f"{some['onnxruntime']}, PyTorch {some['torch']}, transformers {some['transformers']}. Medians of "
-        f"{some['rounds']} rounds in which the tools take turns. Seconds are of the whole generation; a token "
-        "is one step after the first, median over all. Ratios are medians of those of each round. Ours and the numpy loop run the same two files; merged is one.",
+        f"{some['onnxruntime']}, PyTorch {some['torch']}, transformers {some['transformers']}. Medians over "
+        "rounds in which the tools take turns, after one to warm up. Seconds are of the whole generation; a token is "
+        "one step after the first, median over all. Ratios are medians of those of each round. Ours and the numpy loop "
+        "run the same two files; merged is one.",
         "",
-        "| row | tool | seconds | CPU s | first token, ms | token, ms | PyTorch / it | numpy loop / it | tokens |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "| row | tool | seconds | CPU s | first token, ms | token, ms | PyTorch / it | numpy loop / it | tokens | rounds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for name, facts in known.items():
         for tool, measured in facts["tools"].items():
             lines.append(row(name, tool, measured, facts["tools"]))
-        lines += [f"| {name} | {tool} | failed: {why} | | | | | | |" for tool, why in facts["failed"].items()]
+        lines += [f"| {name} | {tool} | failed: {why} | | | | | | | |" for tool, why in facts["failed"].items()]
     return "\n".join([*lines, "", *latency(known)]) + "\n"
 
 
@@ -506,7 +507,16 @@ def row(name: str, tool: str, facts: Facts, tools: Mapping[str, Facts]) -> str:
 
     steps = [f"{facts[key]:.1f}" if key in facts else "" for key in ("first_ms", "token_ms")]
     seconds = [f"{facts[key]:.3g}" for key in ("seconds", "cpu_seconds")]
-    cells = [name, tool, *seconds, *steps, over(TORCH), over(NUMPY), facts.get("tokens", "")]
+    cells = [
+        name,
+        tool,
+        *seconds,
+        *steps,
+        over(TORCH),
+        over(NUMPY),
+        facts.get("tokens", ""),
+        str(len(facts["all_seconds"])),
+    ]
     return f"| {' | '.join(cells)} |"
 
 
