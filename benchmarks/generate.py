@@ -488,7 +488,7 @@ def text_of(known: Mapping[str, Facts]) -> str:
         "one step after the first, median over all. Ratios are medians of those of each round. Ours and the numpy loop "
         "run the same two files; merged is one.",
         "",
-        "| row | tool | seconds | CPU s | first token, ms | token, ms | PyTorch / it | numpy loop / it | tokens | rounds |",
+        "| row | tool | seconds | CPU s | first, ms | token, ms | PyTorch / it | numpy loop / it | tokens | rounds |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for name, facts in known.items():
