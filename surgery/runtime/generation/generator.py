@@ -186,12 +186,13 @@ class Generator(GenerationMixin):  # type: ignore[misc]
         """
         self._refuse_if_closed("generate")
         refuse_options(generation_config, kwargs, has_encoder=self._encoder is not None)
+        given = inputs if inputs is not None else kwargs.get("input_ids")
         if self._encoder is None or self.main_input_name == "input_ids":
-            refuse_ids(inputs if inputs is not None else kwargs.get("input_ids"), self.config)
+            refuse_ids(given, self.config)
         with contextlib.ExitStack() as stack:
             if self.device.type == "cpu":
                 stack.enter_context(one_torch_thread())
-                if self._scores_of(inputs if inputs is not None else kwargs.get("input_ids")) >= MANY:
+                if self._scores_of(given) >= MANY:
                     stack.enter_context(QuickArgmax())
             return super().generate(inputs, generation_config, **kwargs)
 
