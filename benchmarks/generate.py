@@ -205,7 +205,7 @@ def race(case: Case, options: argparse.Namespace) -> Facts:
     ids = prompts(case)
     try:
         for number in range(options.rounds + 1):
-            for tool, worker in workers.items():
+            for tool, worker in rotated(tuple(workers.items()), number):
                 if tool in failed:
                     continue
                 try:
@@ -226,6 +226,12 @@ def race(case: Case, options: argparse.Namespace) -> Facts:
         for worker in workers.values():
             worker.close()
     return {"tools": facts, "failed": failed, "cache_bytes_a_token": cache_bytes(case)}
+
+
+def rotated(workers: Sequence[tuple[str, Worker]], number: int) -> Sequence[tuple[str, Worker]]:
+    """Return who comes when in a round: each tool is once the first of all, so that none follows another always."""
+    start = number % len(workers)
+    return (*workers[start:], *workers[:start])
 
 
 def commands(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Sequence[str]]]:
