@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
 from surgery.late_imports import import_late
+
+OBJECTS_BETWEEN_COLLECTIONS = 100_000
+"""Graphs are many small objects that all stay: Python's 700 means to look through them again and again, for nothing."""
 
 
 def main() -> None:
@@ -18,6 +22,7 @@ def main() -> None:
     here = Path.cwd()
     if here != home:
         sys.path[:] = [entry for entry in sys.path if entry not in ("", str(here))]
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, 50, 50)
     import_late()
     from surgery.cli import app
 
