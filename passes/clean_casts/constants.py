@@ -13,20 +13,24 @@ from surgery.graphs import constant_tensor
 
 D = ir.DataType
 
+# What ONNX Runtime's ConstantOfShape makes.
+FILLED = COMMON - {D.BFLOAT16}
+
 # Above this a constant is converted when somebody reads it, each time.
 EAGER_BYTES = 1024
 
 
 def fold_constants(site: Site, small_bytes: int) -> bool:
     """Let constants stand for casts of them, where the model does not grow by more than a little."""
-    folded = [fold(site, cast, small_bytes) for graph in site.graphs for cast in site.casts(graph)]
-    return any(folded)
+    changed = False
+    for graph in site.graphs:
+        for cast in site.casts(graph):
+            changed |= fold(site, cast, small_bytes) or fold_fill(site, cast)
+    return changed
 
 
 def fold(site: Site, cast: ir.Node, small_bytes: int) -> bool:
     """Cast(constant, to=T) -> a constant of type T; if all that uses the old one are such casts, the old one goes."""
-    if not is_cast(cast):  # an equal one before it was folded, and this one with it
-        return False
     constant = source_of(cast)
     tensor = constant_of(constant)
     if tensor is None:
@@ -51,6 +55,30 @@ def fold(site: Site, cast: ir.Node, small_bytes: int) -> bool:
         site.remove(user)
     if not all(site.shows(made, user.graph) for user, _ in made.uses()):
         site.make_seen(made)
+    return True
+
+
+def fold_fill(site: Site, cast: ir.Node) -> bool:
+    """Cast(ConstantOfShape(shape), to=T) -> a ConstantOfShape of type T, if all that uses it are such casts."""
+    value, target = source_of(cast), target_type(cast)
+    node = value.producer()
+    if node is None or node.domain or node.op_type != "ConstantOfShape" or value.is_graph_output():
+        return False
+    uses = value.uses()
+    if target not in FILLED or any(index or not is_cast(user) or target_type(user) != target for user, index in uses):
+        return False
+    results = [user.outputs[0] for user, _ in uses]
+    if not any(site.can_stand_for(value, result) for result in results):
+        return False
+    given = node.attributes.get("value")
+    tensor = given.as_tensor() if given is not None else ir.tensor(np.zeros(1, dtype=np.float32))
+    converted = convert(tensor, target)
+    if converted is None:
+        return False
+    node.attributes["value"] = ir.AttrTensor("value", converted)
+    value.type = ir.TensorType(target)
+    for result in results:
+        site.stand_for(value, result)
     return True
 
 

@@ -1,8 +1,9 @@
 """Which casts keep every number, and which of them may be left out of a chain.
 
 Others are more generous. onnxscript's `CastCast` drops the middle of any chain that goes through float32 to a half
-type, from int64 too, which is then rounded once and not twice. ONNX Runtime's cast elimination drops float32 to float16
-to float32 where a session option allows it, and onnx-graphsurgeon's users tend to drop all pairs: both lose a rounding.
+type, from int64 and double too, which are then rounded once and not twice. ONNX Runtime's `CastChainElimination`, where
+a session option turns it on, drops what rounds. What ONNX Runtime drops always takes float32 to int64 to int32 for
+float32 to int32, which differ where a number does not fit.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from passes.clean_casts.exactness import COMMON
 from passes.clean_casts.site import Site, tensor_type
 
 D = ir.DataType
@@ -38,7 +39,7 @@ GROWING = frozenset({"Expand", "Gather", "GatherElements", "GatherND", "Pad", "T
 """What is behind them may be larger, so that a cast there costs more than one before."""
 
 OF_ANY_TYPE = frozenset({"Concat", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-"""ONNX Runtime has these for all types that it can cast."""
+"""ONNX Runtime has these for all types between which it has casts."""
 
 TYPES = frozenset({D.FLOAT16, D.FLOAT, D.DOUBLE, D.INT32, D.INT64})
 """The types for which it has the others, or, on the CPU for float16, puts casts of its own around them."""
@@ -65,7 +66,7 @@ def neutral_type(node: ir.Node) -> D | None:
 
 def can_move(site: Site, node: ir.Node, dtype: D) -> bool:
     """Return whether a neutral node can be of another type: by its definition, and in ONNX Runtime."""
-    if dtype not in TYPES and node.op_type not in OF_ANY_TYPE:
+    if dtype not in (COMMON if node.op_type in OF_ANY_TYPE else TYPES):
         return False
     definition = site.definitions.of(node)
     if definition is None:

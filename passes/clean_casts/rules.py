@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from passes.clean_casts.exactness import can_skip, keeps_all
+from passes.clean_casts.exactness import COMMON, can_skip, keeps_all
 from passes.clean_casts.sharing import merge
 from passes.clean_casts.site import Site, inner_cast, is_cast, key_of_cast, source_of, source_type, target_type
 
@@ -79,6 +79,8 @@ def bypass(site: Site, inner: ir.Node) -> bool:
 def can_bypass(site: Site, inner: ir.Node, user: ir.Node) -> bool:
     """Return whether what uses a cast is a cast that can use what that one casts."""
     if not is_cast(user) or not site.shows(source_of(inner), user.graph):
+        return False
+    if not {source_type(inner), target_type(user)} <= COMMON:
         return False
     return can_skip(source_type(inner), target_type(inner), target_type(user))
 

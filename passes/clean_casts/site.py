@@ -27,7 +27,9 @@ def cast_type(node: ir.Node) -> ir.DataType | None:
     if node.op_type == "CastLike":
         return tensor_type(node.inputs[1])
     to = node.attributes.get("to") if node.op_type == "Cast" else None
-    return ir.DataType(to.as_int()) if to is not None and not to.is_ref() else None
+    if to is None or to.is_ref() or to.type != ir.AttributeType.INT:  # a name, before opset 6
+        return None
+    return ir.DataType(to.as_int())
 
 
 def tensor_type(value: ir.Value | None) -> ir.DataType | None:
@@ -133,15 +135,21 @@ class Site:
         giver, graph = other.producer(), value.graph
         if giver is None or giver.graph is not graph or other.is_graph_output():
             return False
-        return self.names[str(value.name)] == 1
+        return all(self.shows(other, user.graph, value.name) for user, _ in other.uses())
 
-    def shows(self, value: ir.Value, graph: ir.Graph | ir.Function | None) -> bool:
-        """Return whether a graph inside a value's own sees it: no graph between gives its name to something else."""
-        inner = graph
+    def shows(self, value: ir.Value, graph: ir.Graph | ir.Function | None, name: str | None = None) -> bool:
+        """Return whether a graph inside a value's own sees it: no graph between gives its name to something else.
+
+        Args:
+            value: A value of this graph or of one around it.
+            graph: Where it is to be used.
+            name: What it will be called, if not as it is.
+        """
+        inner, name = graph, name or value.name
         while inner is not value.graph:
             if not isinstance(inner, ir.Graph) or inner not in self._holders:
                 return False
-            if self.names[str(value.name)] > 1 and _gives(inner, value.name):
+            if self.names[str(name)] > 1 and _gives(inner, name):
                 return False
             inner = self._holders[inner].graph
         return True

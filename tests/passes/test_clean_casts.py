@@ -586,6 +586,43 @@ def test_a_cast_of_one_branch_stays_in_it():
     )
 
 
+def test_results_of_branches_that_have_one_name_keep_it():
+    branch = "() => (float16[2] r) { s = OPERATOR(x) a = Cast <to = 1> (s) r = Cast <to = 10> (a) }"
+    clean = "() => (float16[2] r) { r = OPERATOR(x) }"
+    graph = """
+        g (bool c, float16[2] x) => (float16[2] y) {
+            y = If (c) < then_branch = t THEN, else_branch = e ELSE >
+        }
+        """
+    assert_rewrites(
+        CLEAN,
+        graph.replace("THEN", branch.replace("OPERATOR", "Neg")).replace("ELSE", branch.replace("OPERATOR", "Abs")),
+        graph.replace("THEN", clean.replace("OPERATOR", "Neg")).replace("ELSE", clean.replace("OPERATOR", "Abs")),
+    )
+
+
+def test_a_result_does_not_take_a_name_that_a_branch_hides():
+    """What the branch takes of the outer graph would be called `y`, as something in the branch is."""
+    model = parse(
+        """
+        g (bool c, float16[2] x) => (float16[2] y, float16[2] z) {
+            s = Neg(x)
+            a = Cast <to = 1> (s)
+            y = Cast <to = 10> (a)
+            z = If (c) <
+                then_branch = t () => (float16[2] t_z) { u = Neg(s) t_z = Add(u, s) },
+                else_branch = e () => (float16[2] e_z) { e_z = Neg(s) }
+            >
+        }
+        """
+    )
+    inner = next(node for node in model.graph if node.op_type == "If").attributes["then_branch"].as_graph()
+    inner[0].outputs[0].name = "y"
+    bundle, change = run_pass(CLEAN, model)
+    assert change == Change(1, "removed 1 of 2 casts")
+    assert [node.op_type for node in bundle[ROLE].graph] == ["Neg", "Cast", "If"]
+
+
 def test_casts_that_are_results_of_both_branches_stay():
     assert_leaves_alone(
         CLEAN,
@@ -790,6 +827,43 @@ def test_a_constant_that_is_used_in_two_types_is_there_in_both():
             y = Add(x, w)
             b = Cast <to = 10> (x)
             z = Add(b, a)
+        }
+        """,
+    )
+
+
+def test_what_is_filled_with_a_constant_is_filled_in_the_type_that_it_is_cast_to():
+    assert_rewrites(
+        CLEAN,
+        """
+        g (int64[2] shape, bool c, float16[2, 2] x) => (float16[c, d] y, float16[e, h] z) {
+            f = ConstantOfShape <value = float[1] {2.5}> (shape)
+            y = Cast <to = 10> (f)
+            g = Cast <to = 10> (f)
+            z = Where(c, g, x)
+        }
+        """,
+        """
+        g (int64[2] shape, bool c, float16[2, 2] x) => (float16[c, d] y, float16[e, h] z) {
+            y = ConstantOfShape <value = float16[1] {16640}> (shape)
+            z = Where(c, y, x)
+        }
+        """,
+        feeds=[
+            {"shape": np.array([2, 2]), "c": np.array(flag), "x": np.ones((2, 2), dtype=np.float16)}
+            for flag in (True, False)
+        ],
+    )
+
+
+def test_what_is_filled_with_a_constant_and_used_in_two_types_is_cast():
+    assert_leaves_alone(
+        CLEAN,
+        """
+        g (int64[2] shape) => (float16[a, b] y, float[a, b] z) {
+            f = ConstantOfShape <value = float[1] {2.5}> (shape)
+            y = Cast <to = 10> (f)
+            z = Neg(f)
         }
         """,
     )

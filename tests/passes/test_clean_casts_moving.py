@@ -11,7 +11,9 @@ from rewriting import assert_leaves_alone, assert_rewrites, rewritten
 
 from passes.clean_casts import CleanCasts
 from passes.clean_casts.cut import FOREVER, Cut
+from passes.clean_casts.exactness import COMMON
 from passes.clean_casts.neutral import MOVED, OF_ANY_TYPE, TYPES
+from surgery.runtime.sessions import open_session
 from surgery.text import parse
 
 CLEAN = CleanCasts()
@@ -404,6 +406,14 @@ def test_every_operator_runs_in_the_types_that_casts_are_moved_to(narrow: ir.Dat
             continue
         targets = [node.attributes.get_int("to", 0) for node in rewritten(CLEAN, model, feeds).graph]
         assert targets.count(int(wide)) == (wide is D.FLOAT), operator  # the last one, which makes the result
+
+
+@pytest.mark.parametrize("operator", MOVED)
+def test_onnx_runtime_has_every_operator_for_the_types_that_it_may_be_moved_to(operator: str):
+    for dtype in sorted(COMMON if operator in OF_ANY_TYPE else TYPES):
+        model = around(operator, dtype, dtype)
+        session = open_session(model, threads=1)
+        session.run(None, {"f": np.ones((1, 4, 2, 2), dtype=np.float32)})
 
 
 # Cuts

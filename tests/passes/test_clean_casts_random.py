@@ -57,7 +57,7 @@ class Drawing:
         known = [*inputs, *(graph.initializers[f"w_{dtype.name}"] for dtype in weights)]
         self.outer = graph
         self.flag = flag
-        self.fill(graph, known, int(self.random.integers(6, 22)), depth=0)
+        self.fill(graph, known, int(self.random.integers(5, 16)), depth=0)
         return ir.Model(graph, ir_version=10)
 
     def value(self, dtype: D, name: str = "") -> ir.Value:
@@ -83,13 +83,13 @@ class Drawing:
         if kind < 0.5:
             dtype = self.types[self.random.integers(len(self.types))]
             return self.put(graph, "Cast", [x], [dtype], {"to": int(dtype)})
-        if kind < 0.58 and depth < 2:
+        if kind < 0.55 and depth < 2:
             return self.chosen(graph, known, depth)
-        if kind < 0.62 and depth < 2:
+        if kind < 0.58 and depth < 2:
             return self.looped(graph, known, x, depth)
         alike = [value for value in known if value.dtype == x.dtype]
         y = alike[self.random.integers(len(alike))]
-        if kind < 0.7 and x.dtype in CAN_ADD:
+        if kind < 0.68 and x.dtype in CAN_ADD:
             return self.put(graph, "Add", [x, y], [x.dtype])
         return self.moved(graph, x, y, known)
 
@@ -119,7 +119,7 @@ class Drawing:
         dtype = self.types[self.random.integers(len(self.types))]
         for name in ("then_branch", "else_branch"):
             branch = ir.Graph([], [], nodes=[], name=f"{name}{self.count}")
-            self.fill(branch, known, int(self.random.integers(2, 6)), depth + 1)
+            self.fill(branch, known, int(self.random.integers(2, 5)), depth + 1)
             self.end(branch, dtype)
             branches.append(ir.AttrGraph(name, branch))
         return self.put(graph, "If", [self.flag], [dtype], {}, branches)
@@ -133,7 +133,7 @@ class Drawing:
         body = ir.Graph([trip, go, state], [], nodes=[], name=f"body{self.count}")
         (on,) = self.put(body, "Identity", [go], [D.BOOL])
         on.shape = ir.Shape(())
-        self.fill(body, [*known, state], int(self.random.integers(2, 6)), depth + 1)
+        self.fill(body, [*known, state], int(self.random.integers(2, 5)), depth + 1)
         self.end(body, x.dtype)
         body.outputs.insert(0, on)
         trips = ir.node("Constant", [], {"value": ir.tensor(np.array(2, dtype=np.int64))})
@@ -176,7 +176,7 @@ def count_casts(model: ir.Model) -> int:
     return sum(node.op_type == "Cast" for graph in graphs_of(model.graph) for node in graph)
 
 
-@pytest.mark.parametrize("start", range(0, 200, 25))
+@pytest.mark.parametrize("start", range(0, 150, 25))
 def test_random_graphs_keep_every_bit(start: int):
     removed = 0
     for seed in range(start, start + 25):
@@ -197,3 +197,9 @@ def test_random_graphs_keep_every_bit(start: int):
                     same = compare_output(name, array, found[name], CLEAN.effect, Tolerance())
                     assert same, f"{seed}, {name}: {same.text}\n{to_text(model)}\n{to_text(cleaned)}"
     assert removed > 25
+
+
+def test_the_result_does_not_depend_on_where_objects_lie():
+    for seed in range(20):
+        texts = {to_text(run_pass(CLEAN, Drawing(seed).model())[0][ROLE]) for _ in range(3)}
+        assert len(texts) == 1, seed
