@@ -40,29 +40,31 @@ def components(graph: ir.Graph) -> Iterator[list[ir.Node]]:
     """Yield the neutral nodes of a graph in groups that hang together and are of one type, in the graph's order."""
     neutral = [node for node in graph if neutral_type(node) is not None]
     members = set(neutral)
-    done: set[ir.Node] = set()
-    for first in neutral:
-        if first in done:
-            continue
-        group, waiting = {first}, [first]
+    found: dict[ir.Node, int] = {}
+    for number, first in enumerate(neutral):
+        waiting = [first]
+        values: set[ir.Value] = set()
         while waiting:
-            for other in neighbours(waiting.pop(), members):
-                if other not in group:
-                    group.add(other)
-                    waiting.append(other)
-        done |= group
-        yield [node for node in neutral if node in group]
+            node = waiting.pop()
+            if node not in found:
+                found[node] = number
+                new = [value for value in touched(node) if value not in values]
+                values.update(new)
+                waiting += [other for value in new for other in around(value, members)]
+    groups: dict[int, list[ir.Node]] = {}
+    for node in neutral:
+        groups.setdefault(found[node], []).append(node)
+    yield from groups.values()
 
 
-def neighbours(node: ir.Node, members: set[ir.Node]) -> Iterator[ir.Node]:
-    """Yield the neutral nodes that give what a node moves, take what it has moved, or take the same."""
-    for value in touched(node):
-        giver = value.producer()
-        if giver in members and giver is not None:
-            yield giver
-        for user, index in value.uses():
-            if user in members and index in moved_inputs(user):
-                yield user
+def around(value: ir.Value, members: set[ir.Node]) -> Iterator[ir.Node]:
+    """Yield the neutral nodes that give a value or move it."""
+    giver = value.producer()
+    if giver is not None and giver in members:
+        yield giver
+    for user, index in value.uses():
+        if user in members and index in moved_inputs(user):
+            yield user
 
 
 def touched(node: ir.Node) -> list[ir.Value]:
@@ -209,10 +211,7 @@ class Move:
 
     def _can_go(self, crossing: Crossing, cast: ir.Node) -> bool:
         """Return whether a cast to the new type can be left out once its value is of that type."""
-        (result,) = cast.outputs
-        if cast.graph is not self.graph:
-            return False
-        return not result.is_graph_output() or self.site.can_take_over(crossing.value, result)
+        return cast.graph is self.graph and self.site.can_stand_for(crossing.value, cast.outputs[0])
 
     def _cost_now(self) -> int:
         """Return how many casts there are, all nodes being of the old type."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from passes.clean_casts import CleanCasts
 from surgery.accuracy.runners import ModelProgram
 from surgery.contract import Change, Effect
 from surgery.graphs import graphs_of
+from surgery.storage import open_model, save_model
 from surgery.text import parse
 
 CLEAN = CleanCasts()
@@ -915,25 +917,20 @@ def test_a_constant_about_which_runtimes_differ_is_cast_by_the_runtime(constant:
     )
 
 
-def with_weight(source: str, others: str = "") -> ir.Model:
-    dtype = ir.DataType[{"float": "FLOAT"}.get(source, source.upper())]
-    to = 10 if source == "float" else 1
+def with_weight(source: str) -> ir.Model:
+    """A weight of 512 numbers that is cast, to float16 or from it, before its rows are looked up."""
+    dtype, to = {"float": (ir.DataType.FLOAT, 10), "float16": (ir.DataType.FLOAT16, 1)}[source]
     result = {"float": "float16", "float16": "float"}[source]
     model = parse(
         f"""
-        g (int64[k] ids) => ({result}[k, 64] y) {{
+        g (int64[k] ids) => ({result}[k, 64] y) <{source}[8, 64] w = {{{", ".join("0" * 512)}}}> {{
             a = Cast <to = {to}> (w)
             y = Gather(a, ids)
-            {others}
         }}
-        """.replace("(w)", "(ids)")
+        """
     )
     numbers = np.random.default_rng(0).standard_normal((8, 64)).astype(dtype.numpy())
-    weight = ir.Value(name="w", type=ir.TensorType(dtype), shape=ir.Shape((8, 64)), const_value=ir.tensor(numbers))
-    model.graph.register_initializer(weight)
-    for node in model.graph:
-        if node.op_type == "Cast":
-            node.replace_input_with(0, weight)
+    model.graph.initializers["w"].const_value = ir.tensor(numbers)
     return model
 
 
@@ -1114,3 +1111,15 @@ def test_a_cast_that_leaves_a_branch_has_a_name_of_its_own():
     cleaned = rewritten(CLEAN, model)
     names = [node.name for node in cleaned.graph]
     assert len(names) == len(set(names)) == 3
+
+
+def test_a_large_weight_is_saved_in_its_new_type(tmp_path: Path):
+    model = with_weight("float")
+    tensor = model.graph.initializers["w"].const_value
+    assert tensor is not None
+    bundle, _ = run_pass(CLEAN, model)
+    save_model(bundle[ROLE], tmp_path / "model.onnx", min_bytes=1)
+    saved = open_model(tmp_path / "model.onnx").graph.initializers["w"].const_value
+    assert saved is not None
+    assert (tmp_path / "model.onnx_data").stat().st_size == tensor.nbytes // 2
+    assert np.array_equal(saved.numpy(), tensor.numpy().astype(np.float16))
