@@ -4,9 +4,6 @@ Such operators, as far as they hang together and are of one type, may all be of 
 between a part of the one type and one of the other is a cast; so the fewest casts are a minimum cut (the general form
 is of Picard and Ratliff, 1975). It is applied only if it has fewer casts than there are, so there is an end to it, and
 nothing to do in a second run.
-
-ONNX Runtime moves casts too (its insert-cast and propagate-cast transformers), each by one node at a time, and lets
-operators that compute change their type with them.
 """
 
 from __future__ import annotations
