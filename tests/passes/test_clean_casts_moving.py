@@ -252,6 +252,61 @@ def test_a_mask_of_the_lowest_float_is_not_narrowed_where_it_is_read_as_a_float(
     )
 
 
+def test_casts_meet_that_are_in_a_graph_and_in_the_branches_in_it():
+    assert_rewrites(
+        CLEAN,
+        """
+        g (bool c, float16[2, 3] x) => (float16[a, b] y) <int64[2] shape = {3, 2}> {
+            w = Cast <to = 1> (x)
+            y = If (c) <
+                then_branch = t () => (float16[3, 2] t_y) {
+                    t_r = Reshape(w, shape)
+                    t_d = Cast <to = 10> (t_r)
+                    t_y = Neg(t_d)
+                },
+                else_branch = e () => (float16[3, 2] e_y) {
+                    e_t = Transpose(w)
+                    e_y = Cast <to = 10> (e_t)
+                }
+            >
+        }
+        """,
+        """
+        g (bool c, float16[2, 3] x) => (float16[a, b] y) <int64[2] shape = {3, 2}> {
+            y = If (c) <
+                then_branch = t () => (float16[3, 2] t_y) {
+                    t_r = Reshape(x, shape)
+                    t_y = Neg(t_r)
+                },
+                else_branch = e () => (float16[3, 2] e_y) {
+                    e_y = Transpose(x)
+                }
+            >
+        }
+        """,
+    )
+
+
+def test_an_embedding_is_looked_up_in_the_type_that_its_rows_are_cast_to():
+    assert_rewrites(
+        CLEAN,
+        """
+        g (int64[k] ids) => (float16[k, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
+            a = Gather(w, ids)
+            b = Cast <to = 10> (a)
+            y = Neg(b)
+        }
+        """,
+        """
+        g (int64[k] ids) => (float16[k, 2] y)
+        <float16[3, 2] w = {15360, 16384, 16896, 17408, 17664, 17920}> {
+            a = Gather(w, ids)
+            y = Neg(a)
+        }
+        """,
+    )
+
+
 # What stays
 
 
