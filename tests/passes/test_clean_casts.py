@@ -273,6 +273,18 @@ def test_a_number_of_eight_bits_that_may_saturate_is_kept():
     )
 
 
+def test_no_cast_is_made_between_types_that_the_runtime_may_not_cast_between():
+    assert_leaves_alone(
+        CLEAN,
+        """
+        g (float8e4m3fn[2] x) => (float8e4m3fn[2] y) {
+            a = Cast <to = 1> (x)
+            y = Cast <to = 17> (a)
+        }
+        """,
+    )
+
+
 # Chains
 
 
@@ -558,6 +570,32 @@ def test_casts_of_both_branches_are_one_in_front_of_them():
         }
         """,
     )
+
+
+def test_a_cast_in_front_of_branches_has_a_name_that_nothing_in_them_has():
+    cleaned = rewritten(
+        CLEAN,
+        parse(
+            """
+            g (bool c, float[2] x) => (float16[2] y) {
+                y = If (c) <
+                    then_branch = t () => (float16[2] t_y) {
+                        a = Cast <to = 10> (x)
+                        t_y = Neg(a)
+                    },
+                    else_branch = e () => (float16[2] e_y) {
+                        b = Cast <to = 10> (x)
+                        e_y = If (c) <
+                            then_branch = u () => (float16[2] u_y) { u_y = Neg(b) },
+                            else_branch = f () => (float16[2] f_y) { a = Exp(b) f_y = Add(a, b) }
+                        >
+                    }
+                >
+            }
+            """
+        ),
+    )
+    assert [node.op_type for node in cleaned.graph] == ["Cast", "If"]
 
 
 def test_a_cast_of_one_branch_stays_in_it():
@@ -944,6 +982,17 @@ def test_a_large_weight_becomes_smaller_when_it_is_read():
 
 def test_a_large_weight_does_not_become_larger():
     assert_leaves_alone(CLEAN, with_weight("float16"))
+
+
+def test_a_large_weight_that_is_used_in_two_types_is_cast():
+    model = with_weight("float")
+    (weight,) = model.graph.initializers.values()
+    other = ir.node("Neg", [weight])
+    other.outputs[0].name, other.outputs[0].type = "z", ir.TensorType(ir.DataType.FLOAT)
+    other.outputs[0].shape = ir.Shape((8, 64))
+    model.graph.append(other)
+    model.graph.outputs.append(other.outputs[0])
+    assert_leaves_alone(CleanCasts(small_bytes=1023), model)
 
 
 def test_a_large_weight_becomes_larger_if_that_is_asked_for():

@@ -287,6 +287,54 @@ def test_casts_meet_that_are_in_a_graph_and_in_the_branches_in_it():
     )
 
 
+def test_a_cast_to_a_third_type_needs_no_cast_before_it():
+    assert_rewrites(
+        CLEAN,
+        """
+        g (float16[2, 3] x) => (double[3, 2] y) {
+            a = Cast <to = 1> (x)
+            t = Transpose(a)
+            y = Cast <to = 11> (t)
+        }
+        """,
+        """
+        g (float16[2, 3] x) => (double[3, 2] y) {
+            t = Transpose(x)
+            y = Cast <to = 11> (t)
+        }
+        """,
+    )
+
+
+def test_pieces_that_are_widened_are_widened_as_one_and_the_other_is_narrowed_again():
+    assert_rewrites(
+        CLEAN,
+        """
+        g (float16[8] x) => (float[2] y, float[2] z, float[2] u, float16[2] v) {
+            a, b, c, d = Split <num_outputs = 4> (x)
+            a_32 = Cast <to = 1> (a)
+            y = Exp(a_32)
+            b_32 = Cast <to = 1> (b)
+            z = Exp(b_32)
+            c_32 = Cast <to = 1> (c)
+            u = Exp(c_32)
+            v = Neg(d)
+        }
+        """,
+        """
+        g (float16[8] x) => (float[2] y, float[2] z, float[2] u, float16[2] v) {
+            x_float = Cast <to = 1> (x)
+            a, b, c, d_float = Split <num_outputs = 4> (x_float)
+            d = Cast <to = 10> (d_float)
+            y = Exp(a)
+            z = Exp(b)
+            u = Exp(c)
+            v = Neg(d)
+        }
+        """,
+    )
+
+
 def test_an_embedding_is_looked_up_in_the_type_that_its_rows_are_cast_to():
     assert_rewrites(
         CLEAN,
@@ -346,6 +394,38 @@ def test_a_cast_does_not_move_to_a_larger_tensor():
             a = Cast <to = 1> (x)
             b = Cast <to = 1> (u)
             y = Where(c, a, b)
+        }
+        """,
+    )
+
+
+def test_a_tensor_of_which_one_piece_is_needed_in_full_is_not_rounded_to_save_casts():
+    assert_leaves_alone(
+        CLEAN,
+        """
+        g (float[8] x) => (float16[2] y, float16[2] z, float16[2] u, float[2] v) {
+            a, b, c, d = Split <num_outputs = 4> (x)
+            y = Cast <to = 10> (a)
+            z = Cast <to = 10> (b)
+            u = Cast <to = 10> (c)
+            v = Exp(d)
+        }
+        """,
+    )
+
+
+def test_a_cast_of_a_branch_is_not_made_outside_where_the_branch_may_not_run():
+    assert_leaves_alone(
+        CLEAN,
+        """
+        g (bool c, float16[2] x, float[2] f) => (float16[4] y) {
+            a = Cast <to = 1> (x)
+            e = Exp(f)
+            t = Concat <axis = 0> (a, e)
+            y = If (c) <
+                then_branch = t () => (float16[4] t_y) { t_d = Cast <to = 10> (t) t_y = Neg(t_d) },
+                else_branch = e () => (float16[4] e_y) { e_y = Constant <value = float16[4] {1, 2, 3, 4}> () }
+            >
         }
         """,
     )
