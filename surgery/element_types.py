@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ class _Inference:
             return
         for value, type_ in zip(node.outputs, self._types(node), strict=True):
             if value.type is None and type_ is not None:
-                value.type = type_
+                value.type = copy.copy(type_)  # a type can be changed: no two values may share one
 
     def _types(self, node: ir.Node) -> Sequence[Type | None]:
         special = _SPECIAL.get((node.domain, node.op_type))
@@ -194,8 +195,8 @@ def _tell_bodies(node: ir.Node) -> None:
     else:
         given = [value.type if value is not None else None for value in node.inputs]
     for inner, type_ in zip(body.inputs, given, strict=False):
-        if inner.type is None:
-            inner.type = type_
+        if inner.type is None and type_ is not None:
+            inner.type = copy.copy(type_)
 
 
 def _by_definition(node: ir.Node, definition: Definition) -> Sequence[Type | None]:

@@ -34,6 +34,9 @@ _CPP_PLACE = re.compile(r"Status Message: (?:/\S+ )?(?:[^()]*\([^)]*\) )?")
 class Runnable(Protocol):
     """Something that runs on named arrays."""
 
+    is_emulated: bool
+    """Half precision is emulated: a GPU would round as this does."""
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the inputs that must be fed."""
@@ -94,6 +97,7 @@ class LoopProgram:
     ) -> None:
         self._run = LOOPS[loop.name]
         self._models = {role: Callee(model.signature, model.run) for role, model in models.items()}
+        self.is_emulated = any(model.is_emulated for model in models.values())
         self._config = generation_config
 
     @property
@@ -115,6 +119,8 @@ class Reference(Protocol):
 
 class ReferenceProgram:
     """One role of a reference."""
+
+    is_emulated = False
 
     def __init__(self, reference: Reference, role: str, inputs: tuple[str, ...]) -> None:
         self._reference = reference

@@ -251,7 +251,7 @@ def _as_cast(node: ir.Node, kept: dict[ir.Node, dict[int, ir.DataType]]) -> ir.N
     assert node.graph is not None
     cast = ir.node("Cast", [node.inputs[0]], {"to": int(output.dtype)}, name=node.name)  # type: ignore[list-item]
     (made,) = cast.outputs
-    made.name, made.type, made.shape = output.name, output.type, output.shape
+    made.name, made.type, made.shape = output.name, ir.TensorType(output.dtype), output.shape
     node.graph.insert_before(node, cast)
     ir.convenience.replace_all_uses_with(output, made, replace_graph_outputs=True)
     if node in kept:
