@@ -240,6 +240,8 @@ def _attribute_type(name: str, default: ir.DataType | None = None) -> Callable[[
 
     def rule(node: ir.Node) -> Sequence[Type | None]:
         attribute = node.attributes.get(name)
+        if attribute is not None and attribute.type == ir.AttributeType.STRING:  # before opset 6
+            return [ir.TensorType(ir.DataType[attribute.as_string()])]
         if attribute is not None and not attribute.is_ref() and attribute.as_int():
             return [ir.TensorType(ir.DataType(attribute.as_int()))]
         if default is not None:
@@ -381,6 +383,4 @@ _SPECIAL: Mapping[tuple[str, str], Callable[[ir.Node], Sequence[Type | None]]] =
 
 def unknown_types(model: ir.Model) -> list[ir.Value]:
     """Return the values of which the type is not known after `infer_types`."""
-    return [
-        value for graph in graphs_of(model.graph) for node in graph for value in node.outputs if value.type is None
-    ]
+    return [value for graph in graphs_of(model.graph) for node in graph for value in node.outputs if value.type is None]

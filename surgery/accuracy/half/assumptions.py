@@ -6,8 +6,8 @@ Three kinds cover every operator:
 - It is **elementwise**: each element is the exact result for its operands, rounded once. Float32 holds more than twice
   as many bits as float16 plus two, so an addition, product, quotient or square root that is rounded to float32 and then
   to float16 is the one that is rounded at once (Figueroa, "When is double rounding innocuous?", 1995).
-- All others compute **inside in float32**, and their outputs are rounded: products and reductions accumulate in float32,
-  as tensor cores and cuDNN's reductions do, and what several fused operators pass to each other stays in float32.
+- All others compute **inside in float32**, and their outputs are rounded: products and reductions accumulate in
+  float32, as tensor cores and cuDNN's reductions do, and what a fused operator passes on inside itself is not rounded.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ class Assumption(Enum):
     INSIDE = "float32 inside, outputs rounded"
 
 
-_MOVING = frozenset(
-    """
-    Abs Ceil Clip Compress Concat ConcatFromSequence ConstantOfShape DepthToSpace Expand EyeLike Flatten Floor
-    Gather GatherElements GatherND GlobalMaxPool Identity If Loop Max MaxPool Min Neg OneHot Optional OptionalGetElement
-    Pad ReduceMax ReduceMin Relu Reshape ReverseSequence Round Scan ScatterElements ScatterND SequenceAt
-    SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceMap Sign Size Slice SpaceToDepth Split
-    SplitToSequence Squeeze TensorScatter Tile TopK Transpose Trilu Unique Unsqueeze Where
-    """.split()
-)
+# fmt: off
+_MOVING = frozenset({
+    "Abs", "Ceil", "Clip", "Compress", "Concat", "ConcatFromSequence", "ConstantOfShape", "DepthToSpace",
+    "Expand", "EyeLike", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "GlobalMaxPool", "Identity",
+    "If", "Loop", "Max", "MaxPool", "Min", "Neg", "OneHot", "Optional", "OptionalGetElement", "Pad", "ReduceMax",
+    "ReduceMin", "Relu", "Reshape", "ReverseSequence", "Round", "Scan", "ScatterElements", "ScatterND",
+    "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "Sign",
+    "Size", "Slice", "SpaceToDepth", "Split", "SplitToSequence", "Squeeze", "TensorScatter", "Tile", "TopK",
+    "Transpose", "Trilu", "Unique", "Unsqueeze", "Where",
+})
+# fmt: on
 
-_ELEMENTWISE = frozenset(
-    """
-    Acos Acosh Add Asin Asinh Atan Atanh BiasGelu Celu Cos Cosh Div Elu Erf Exp FastGelu Gelu HardSigmoid HardSwish
-    LeakyRelu Log Mish Mod Mul PRelu Pow QuickGelu Reciprocal Selu Shrink Sigmoid Sin Sinh Softplus Softsign Sqrt Sub
-    Swish Tan Tanh ThresholdedRelu
-    """.split()
-)
+# fmt: off
+_ELEMENTWISE = frozenset({
+    "Acos", "Acosh", "Add", "Asin", "Asinh", "Atan", "Atanh", "BiasGelu", "Celu", "Cos", "Cosh", "Div", "Elu",
+    "Erf", "Exp", "FastGelu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Mod", "Mul",
+    "PRelu", "Pow", "QuickGelu", "Reciprocal", "Selu", "Shrink", "Sigmoid", "Sin", "Sinh", "Softplus", "Softsign",
+    "Sqrt", "Sub", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+})
+# fmt: on
 
 _ADDING = frozenset({"add", "mul"})
 

@@ -187,9 +187,7 @@ class _Lowering:
         made.name, made.type, made.shape = name, ir.TensorType(dtype), value.shape
         return cast
 
-    def _replace(
-        self, value: ir.Value, cast: ir.Node, *, but: ir.Node | None = None, is_result_too: bool
-    ) -> None:
+    def _replace(self, value: ir.Value, cast: ir.Node, *, but: ir.Node | None = None, is_result_too: bool) -> None:
         """Let all use what a cast gives in place of a value, but for one node and the cast itself."""
         wide = cast.outputs[0]
         for user, index in tuple(value.uses()):
@@ -249,7 +247,7 @@ def _as_cast(node: ir.Node, kept: dict[ir.Node, dict[int, ir.DataType]]) -> ir.N
     (output,) = node.outputs
     assert output.dtype is not None
     assert node.graph is not None
-    cast = ir.node("Cast", [node.inputs[0]], {"to": int(output.dtype)}, name=node.name)  # type: ignore[list-item]
+    cast = ir.node("Cast", [node.inputs[0]], {"to": int(output.dtype)}, name=node.name)
     (made,) = cast.outputs
     made.name, made.type, made.shape = output.name, ir.TensorType(output.dtype), output.shape
     node.graph.insert_before(node, cast)
