@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 
@@ -10,10 +11,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from passes.clean_casts import CleanCasts
+from surgery import Bundle, BundlePass, Change, Check, Context, Effect, Pipeline
 from surgery.accuracy.half import holds_half, lower_half
 from surgery.accuracy.half.assumptions import Assumption, assumption
 from surgery.accuracy.runners import ModelProgram
+from surgery.contract import edits
 from surgery.errors import StepFailed
+from surgery.manager import Stopped
 from surgery.runtime.sessions import open_session
 from surgery.text import parse
 from surgery.watchers.validity import find_problem
@@ -345,3 +350,59 @@ def test_a_verdict_runs_the_emulation():
     model = parse("g (float16[n] x) => (float16[n] y) { a = Mul(x, x)  y = Sqrt(a) }")
     with closing(ModelProgram(model)) as program:
         assert_same_bits(program.run({"x": half(300, 4)})["y"], half(np.inf, 4))
+
+
+WHOLE = """
+g (float[n, 4] x) => (float[n, 4] y) <float k = {1000}, float s = {0.001}> {
+    a = Mul(x, k)
+    b = Mul(a, k)
+    c = Mul(b, s)
+    y = Mul(c, s)
+}
+"""
+HALVED = """
+g (float[n, 4] x) => (float[n, 4] y) <float16 k = {25552}, float16 s = {5145}> {
+    h = Cast <to = 10> (x)
+    a = Mul(h, k)
+    b = Mul(a, k)
+    c = Mul(b, s)
+    d = Mul(c, s)
+    y = Cast <to = 1> (d)
+}
+"""
+
+
+class Halve(BundlePass):
+    """Compute in float16."""
+
+    effect = Effect.CLOSE
+    model: str = edits("model", "The model.")
+
+    def transform(self, bundle: Bundle, context: Callable[[str], Context]) -> Change:
+        bundle.models[self.model] = parse(HALVED)
+        return Change(1, "everything is float16")
+
+
+def test_what_overflows_on_a_gpu_is_caught_on_the_cpu():
+    x = np.array([[1, 2, 3, 4]], np.float32)
+    plain = open_session(parse(HALVED)).run(None, {"x": x})[0]
+    np.testing.assert_allclose(plain, x, rtol=5e-3)  # which shows why it must not be asked
+    free = Check(max_error=0.1, p999_error=0.1)
+    with pytest.raises(Stopped, match=r"output 'y' is inf, not"):
+        Pipeline([Halve()], free).run(Bundle({"model": parse(WHOLE)}))
+
+
+def test_a_verdict_says_that_it_is_emulated():
+    result = Pipeline([CleanCasts()]).run(
+        Bundle(
+            {
+                "model": parse(
+                    "g (float16[n] x) => (float16[n] y) { a = Cast <to = 1> (x)  b = Cast <to = 10> (a)  y = Neg(b) }"
+                )
+            }
+        )
+    )
+    verdicts = [record.verdict for record in result.records]
+    assert all(verdict is not None and "float16 emulated" in str(verdict.coverage["model"]) for verdict in verdicts)
+    assert verdicts[1].step is not None
+    assert verdicts[1].step.is_exact
