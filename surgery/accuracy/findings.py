@@ -10,6 +10,7 @@ from surgery.accuracy.feeds import Sample
 from surgery.accuracy.verdict import Coverage, Failure, Gap, Verdict, worst
 
 STEP, DRIFT = "step", "source"
+HALF, EMULATED = "float16", "emulated"
 
 Finder = Callable[[Sample], tuple[str, ...]]
 
@@ -19,10 +20,12 @@ class Findings:
 
     Args:
         program: What verdicts call it.
+        is_emulated: Half precision was emulated on either side.
     """
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, *, is_emulated: bool = False) -> None:
         self._program = program
+        self._is_emulated = is_emulated
         self._step: list[Gap] = []
         self._drift: list[Gap] = []
         self._outputs: dict[str, Gap] = {}
@@ -76,6 +79,8 @@ class Findings:
             is_own_data: The user chose the samples.
         """
         coverage = coverage_of(samples)
+        if self._is_emulated:
+            coverage = coverage.joined(Coverage(0, {HALF: frozenset({EMULATED})}))
         # Drift that the step itself explains is not said twice.
         found = [
             failure

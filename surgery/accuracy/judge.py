@@ -141,7 +141,7 @@ class Judge:
             first = ReferenceProgram(self._reference, role, program.inputs) if self._reference else program
             label = f"what {role!r} was exported from" if self._reference else role
             entrants = [_Entrant(SOURCE, label, first, dict), _Entrant(AFTER, role, program, dict)]
-            found = Findings(role)
+            found = Findings(role, is_emulated=program.is_emulated)
             comparison = OutputComparison(Claim.same(role), self._source_limits())
             for sample, results in self._compare(entrants, samples, {(0, 1): comparison}):
                 found.add_step(sample, results[0, 1])
@@ -243,7 +243,8 @@ class Judge:
         samples = self._samples.of(root.reference)
         # One token that differs changes all that follow, so a close step before this one may have changed most of them.
         is_bound = not is_first and whole.measure is not Measure.TOKENS
-        found = Findings(_label(root.reference, claim.candidate))
+        is_emulated = any(program.is_emulated for program in (source, before, after))
+        found = Findings(_label(root.reference, claim.candidate), is_emulated=is_emulated)
         for sample, results in self._compare(entrants, samples, pairs):
             found.add_step(sample, results[last_step])
             found.add_drift(sample, results[0, len(entrants) - 1], is_judged=is_bound)

@@ -18,6 +18,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 from polygraphy.exception import PolygraphyException
 
+from surgery.accuracy.half import holds_half, lower_half
 from surgery.claims import AnyProgram, HostLoop, Program
 from surgery.errors import StepFailed, SurgeryError
 from surgery.runtime.loops import LOOPS, Callee, Signature
@@ -33,6 +34,9 @@ _CPP_PLACE = re.compile(r"Status Message: (?:/\S+ )?(?:[^()]*\([^)]*\) )?")
 class Runnable(Protocol):
     """Something that runs on named arrays."""
 
+    is_emulated: bool
+    """Half precision is emulated: a GPU would round as this does."""
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the inputs that must be fed."""
@@ -45,11 +49,13 @@ class ModelProgram:
     """A model in a session of ours, in Polygraphy's ONNX Runtime runner.
 
     All graph optimizations are off, nothing is prepacked, there is one provider and a fixed number of threads: with any
-    of these otherwise, equal graphs may differ in the last bits.
+    of these otherwise, equal graphs may differ in the last bits. What is in half precision is emulated: on the CPU
+    ONNX Runtime would compute it in float32.
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self.session = open_session(model, threads=threads())
+        self.is_emulated = holds_half(model)
+        self.session = open_session(lower_half(model) if self.is_emulated else model, threads=threads())
         self._inputs = tuple(value.name for value in self.session.get_inputs())
         self.outputs = tuple(value.name for value in self.session.get_outputs())
         self.signature = Signature.of(model)
@@ -91,6 +97,7 @@ class LoopProgram:
     ) -> None:
         self._run = LOOPS[loop.name]
         self._models = {role: Callee(model.signature, model.run) for role, model in models.items()}
+        self.is_emulated = any(model.is_emulated for model in models.values())
         self._config = generation_config
 
     @property
@@ -112,6 +119,8 @@ class Reference(Protocol):
 
 class ReferenceProgram:
     """One role of a reference."""
+
+    is_emulated = False
 
     def __init__(self, reference: Reference, role: str, inputs: tuple[str, ...]) -> None:
         self._reference = reference
