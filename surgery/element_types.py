@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import onnx_ir as ir
 from onnx.defs import SchemaError, get_schema
 
-from surgery.graphs import graphs_of
+from surgery.graphs import bodies_of as bodies_of
+from surgery.runtime.schemas import Operator, newest, runtime_schemas
 
 Type = ir.TypeProtocol
 
@@ -21,8 +22,9 @@ def infer_types(model: ir.Model) -> None:
     """Give each value its type where the file does not say it: in the main graph and in those nested in it.
 
     Each node's outputs follow from its inputs, its attributes and the type parameters of its operator's definition:
-    onnx's, or for its contrib operators ONNX Runtime's. What neither tells, as of an operator that nobody knows, stays
-    unknown. Local functions are left alone, and so are outputs of their calls: inline them first.
+    onnx's, or for its contrib operators ONNX Runtime's. What neither tells, as of an operator that nobody knows or of a
+    node that lacks what its operator needs, stays unknown. Local functions are left alone, and so are outputs of their
+    calls: inline them first.
 
     Args:
         model: Changed in place; types that are there are believed.
@@ -101,20 +103,12 @@ class Definitions:
         return _definition(schema, "type_str", "is_homogeneous")
 
     def _contributed(self, domain: str, name: str, version: int) -> Definition | None:
-        found = [one for one in self._of_runtime[domain, name] if one.since_version <= version]
-        newest = max(found, key=lambda one: int(one.since_version), default=None)
-        return _definition(newest, "typeStr", "isHomogeneous") if newest is not None else None
+        schema = newest(self._of_runtime.get((domain, name), ()), version)
+        return _definition(schema, "typeStr", "isHomogeneous") if schema is not None else None
 
     @cached_property
-    def _of_runtime(self) -> Mapping[tuple[str, str], list[Any]]:
-        found: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
-        try:
-            from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
-        except ImportError:
-            return found
-        for schema in get_all_operator_schema():
-            found[schema.domain, schema.name].append(schema)
-        return found
+    def _of_runtime(self) -> Mapping[Operator, Sequence[Any]]:
+        return runtime_schemas()
 
 
 def _definition(schema: Any, type_name: str, is_alike: str) -> Definition:
@@ -147,7 +141,7 @@ class _Inference:
             self._node(node)
 
     def _node(self, node: ir.Node) -> None:
-        _tell_bodies(node)
+        _tell_body(node)
         for body in bodies_of(node):
             self.graph(body)
         if all(value.type is not None for value in node.outputs):
@@ -161,42 +155,25 @@ class _Inference:
     def _types(self, node: ir.Node) -> Sequence[Type | None]:
         special = _SPECIAL.get((node.domain, node.op_type))
         if special is not None:
-            types = list(special(node))
+            types = list(special(node))[: len(node.outputs)]
             return types + [None] * (len(node.outputs) - len(types))
         definition = self._definitions.of(node)
         return _by_definition(node, definition) if definition is not None else [None] * len(node.outputs)
 
 
-def bodies_of(node: ir.Node) -> list[ir.Graph]:
-    """Return the graphs in a node's attributes."""
-    found: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            found.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            found += attribute.as_graphs()
-    return found
-
-
-def _tell_bodies(node: ir.Node) -> None:
+def _tell_body(node: ir.Node) -> None:
     """Give the inputs of a loop's body the types of what is put into them."""
     if node.domain or node.op_type not in ("Loop", "Scan", "SequenceMap"):
         return
-    body = node.attributes["body"].as_graph()
-    given: list[Type | None]
+    given = [value.type if value is not None else None for value in node.inputs]
+    if node.op_type == "Loop":
+        given[:2] = [ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.BOOL)]
     if node.op_type == "SequenceMap":
-        types = [value.type if value is not None else None for value in node.inputs]
-        given = [type_.elem_type if isinstance(type_, ir.SequenceType) else type_ for type_ in types]
-    elif node.op_type == "Loop":
-        fixed: list[Type | None] = [ir.TensorType(ir.DataType.INT64), ir.TensorType(ir.DataType.BOOL)]
-        given = fixed + [value.type if value is not None else None for value in node.inputs[2:]]
-    else:
-        given = [value.type if value is not None else None for value in node.inputs]
-    for inner, type_ in zip(body.inputs, given, strict=False):
-        if inner.type is None and type_ is not None:
-            inner.type = copy.copy(type_)
+        given = [type_.elem_type if isinstance(type_, ir.SequenceType) else type_ for type_ in given]
+    for body in bodies_of(node):
+        for inner, type_ in zip(body.inputs, given, strict=False):
+            if inner.type is None and type_ is not None:
+                inner.type = copy.copy(type_)
 
 
 def _by_definition(node: ir.Node, definition: Definition) -> Sequence[Type | None]:
@@ -222,33 +199,49 @@ def _parsed(text: str) -> Type | None:
     """Read a type as definitions write it: `tensor(int64)`, `seq(tensor(float))`, `optional(tensor(float))`."""
     kind, _, inner = text.removesuffix(")").partition("(")
     if kind == "seq":
-        element = _parsed(inner)
-        return ir.SequenceType(element) if element is not None else None
+        return _sequence(_parsed(inner))
     if kind == "optional":
         element = _parsed(inner)
         return ir.OptionalType(element) if element is not None else None
-    if kind != "tensor" or inner.upper() not in ir.DataType.__members__:
+    return _tensor(inner.upper()) if kind == "tensor" else None
+
+
+def _tensor(dtype: int | str) -> Type | None:
+    """Return the type of tensors of an element type that is given by its number or name, None if there is no such."""
+    try:
+        return ir.TensorType(ir.DataType[dtype] if isinstance(dtype, str) else ir.DataType(dtype))
+    except (KeyError, ValueError):
         return None
-    return ir.TensorType(ir.DataType[inner.upper()])
+
+
+def _sequence(element: Type | None) -> Type | None:
+    return ir.SequenceType(element) if element is not None else None
 
 
 # Operators whose outputs do not follow from their definitions alone.
 
 
-def _attribute_type(name: str, default: ir.DataType | None = None) -> Callable[[ir.Node], Sequence[Type | None]]:
-    """The type that an attribute names; without it a fixed one, or that of the first input."""
+def _attribute_type(
+    name: str, default: ir.DataType | None = None, *, like: int | None = None
+) -> Callable[[ir.Node], Sequence[Type | None]]:
+    """The type that an attribute names; without it a fixed one, or that of one of the inputs."""
 
     def rule(node: ir.Node) -> Sequence[Type | None]:
-        attribute = node.attributes.get(name)
-        if attribute is not None and attribute.type == ir.AttributeType.STRING:  # before opset 6
-            return [ir.TensorType(ir.DataType[attribute.as_string()])]
-        if attribute is not None and not attribute.is_ref() and attribute.as_int():
-            return [ir.TensorType(ir.DataType(attribute.as_int()))]
+        for kind in (ir.AttributeType.INT, ir.AttributeType.STRING):  # a name, before opset 6
+            asked = _given(node, name, kind)
+            if asked:
+                return [_tensor(asked)]
         if default is not None:
             return [ir.TensorType(default)]
-        return [_input_type(node, 0)]
+        return [_input_type(node, like) if like is not None else None]
 
     return rule
+
+
+def _given(node: ir.Node, name: str, kind: ir.AttributeType) -> Any:
+    """Return what an attribute says, None if it is not there, of another kind, or what the call of a function says."""
+    attribute = node.attributes.get(name)
+    return attribute.value if attribute is not None and attribute.type == kind else None
 
 
 def _input_type(node: ir.Node, index: int) -> Type | None:
@@ -265,31 +258,20 @@ def _constant(node: ir.Node) -> Sequence[Type | None]:
         "value_string": ir.DataType.STRING,
         "value_strings": ir.DataType.STRING,
     }
-    for name, attribute in node.attributes.items():
-        if attribute.is_ref():
-            continue
-        if name == "value":
-            return [ir.TensorType(attribute.as_tensor().dtype)]
-        if name in kinds:
-            return [ir.TensorType(kinds[name])]
-    return [None]
+    tensor = _given(node, "value", ir.AttributeType.TENSOR)
+    if tensor is not None:
+        return [ir.TensorType(tensor.dtype)]
+    return [ir.TensorType(kinds[name]) for name in node.attributes if name in kinds]
 
 
 def _constant_of_shape(node: ir.Node) -> Sequence[Type | None]:
-    value = node.attributes.get("value")
-    return [ir.TensorType(value.as_tensor().dtype if value is not None else ir.DataType.FLOAT)]
+    tensor = _given(node, "value", ir.AttributeType.TENSOR)
+    return [ir.TensorType(tensor.dtype if tensor is not None else ir.DataType.FLOAT)]
 
 
 def _quantized(node: ir.Node) -> Sequence[Type | None]:
     point = _input_type(node, 2)
     return [point] if point is not None else _attribute_type("output_dtype", ir.DataType.UINT8)(node)
-
-
-def _dequantized(node: ir.Node) -> Sequence[Type | None]:
-    dtype = node.attributes.get("output_dtype")
-    if dtype is not None and dtype.as_int():
-        return [ir.TensorType(ir.DataType(dtype.as_int()))]
-    return [_input_type(node, 1)]
 
 
 def _of_sequence(node: ir.Node) -> Sequence[Type | None]:
@@ -303,47 +285,39 @@ def _of_optional(node: ir.Node) -> Sequence[Type | None]:
 
 
 def _to_sequence(node: ir.Node) -> Sequence[Type | None]:
-    type_ = _input_type(node, 0)
-    return [ir.SequenceType(type_) if type_ is not None else None]
+    return [_sequence(_input_type(node, 0))]
 
 
 def _empty_sequence(node: ir.Node) -> Sequence[Type | None]:
     (element,) = _attribute_type("dtype", ir.DataType.FLOAT)(node)
-    assert element is not None
-    return [ir.SequenceType(element)]
+    return [_sequence(element)]
 
 
 def _optional(node: ir.Node) -> Sequence[Type | None]:
-    attribute = node.attributes.get("type")
-    type_ = attribute.value.type if attribute is not None else _input_type(node, 0)
+    asked = _given(node, "type", ir.AttributeType.TYPE_PROTO)
+    type_ = asked.type if asked is not None else _input_type(node, 0)
     return [ir.OptionalType(type_) if type_ is not None else None]
 
 
-def _branches(node: ir.Node) -> Sequence[Type | None]:
-    branches = bodies_of(node)
-    return [
-        next((branch.outputs[index].type for branch in branches if branch.outputs[index].type is not None), None)
-        for index in range(len(node.outputs))
-    ]
+def _bodies(node: ir.Node) -> Sequence[Type | None]:
+    """The types of what branches or a body give, as far as one of them knows."""
+    results = zip_longest(*([value.type for value in body.outputs] for body in bodies_of(node)))
+    return [next((type_ for type_ in types if type_ is not None), None) for types in results]
 
 
 def _loop(node: ir.Node) -> Sequence[Type | None]:
-    return [value.type for value in node.attributes["body"].as_graph().outputs[1:]]
+    """The first output of the body says whether the loop goes on."""
+    return _bodies(node)[1:]
 
 
 def _mapped(node: ir.Node) -> Sequence[Type | None]:
-    results = [value.type for value in node.attributes["body"].as_graph().outputs]
-    return [ir.SequenceType(type_) if type_ is not None else None for type_ in results]
+    return [_sequence(type_) for type_ in _bodies(node)]
 
 
 def _normalized(node: ir.Node) -> Sequence[Type | None]:
     """The statistics are of the type that they are computed in."""
     (statistic,) = _attribute_type("stash_type", ir.DataType.FLOAT)(node)
-    return [_input_type(node, 0), statistic, statistic][: len(node.outputs)]
-
-
-def _scan(node: ir.Node) -> Sequence[Type | None]:
-    return [value.type for value in node.attributes["body"].as_graph().outputs]
+    return [_input_type(node, 0), statistic, statistic]
 
 
 _SPECIAL: Mapping[tuple[str, str], Callable[[ir.Node], Sequence[Type | None]]] = {
@@ -351,21 +325,21 @@ _SPECIAL: Mapping[tuple[str, str], Callable[[ir.Node], Sequence[Type | None]]] =
     ("", "BitCast"): _attribute_type("to"),
     ("", "Constant"): _constant,
     ("", "ConstantOfShape"): _constant_of_shape,
-    ("", "EyeLike"): _attribute_type("dtype"),
-    ("", "Bernoulli"): _attribute_type("dtype"),
+    ("", "EyeLike"): _attribute_type("dtype", like=0),
+    ("", "Bernoulli"): _attribute_type("dtype", like=0),
     ("", "RandomNormal"): _attribute_type("dtype", ir.DataType.FLOAT),
     ("", "RandomUniform"): _attribute_type("dtype", ir.DataType.FLOAT),
-    ("", "RandomNormalLike"): _attribute_type("dtype"),
-    ("", "RandomUniformLike"): _attribute_type("dtype"),
+    ("", "RandomNormalLike"): _attribute_type("dtype", like=0),
+    ("", "RandomUniformLike"): _attribute_type("dtype", like=0),
     ("", "Multinomial"): _attribute_type("dtype", ir.DataType.INT32),
     ("", "BlackmanWindow"): _attribute_type("output_datatype", ir.DataType.FLOAT),
     ("", "HammingWindow"): _attribute_type("output_datatype", ir.DataType.FLOAT),
     ("", "HannWindow"): _attribute_type("output_datatype", ir.DataType.FLOAT),
     ("", "MelWeightMatrix"): _attribute_type("output_datatype", ir.DataType.FLOAT),
     ("", "QuantizeLinear"): _quantized,
-    ("", "DequantizeLinear"): _dequantized,
+    ("", "DequantizeLinear"): _attribute_type("output_dtype", like=1),
     ("com.microsoft", "QuantizeLinear"): _quantized,
-    ("com.microsoft", "DequantizeLinear"): _dequantized,
+    ("com.microsoft", "DequantizeLinear"): _attribute_type("output_dtype", like=1),
     ("", "SequenceAt"): _of_sequence,
     ("", "ConcatFromSequence"): _of_sequence,
     ("", "SequenceConstruct"): _to_sequence,
@@ -373,14 +347,9 @@ _SPECIAL: Mapping[tuple[str, str], Callable[[ir.Node], Sequence[Type | None]]] =
     ("", "SequenceEmpty"): _empty_sequence,
     ("", "Optional"): _optional,
     ("", "OptionalGetElement"): _of_optional,
-    ("", "If"): _branches,
+    ("", "If"): _bodies,
     ("", "Loop"): _loop,
     ("", "LayerNormalization"): _normalized,
     ("", "SequenceMap"): _mapped,
-    ("", "Scan"): _scan,
+    ("", "Scan"): _bodies,
 }
-
-
-def unknown_types(model: ir.Model) -> list[ir.Value]:
-    """Return the values of which the type is not known after `infer_types`."""
-    return [value for graph in graphs_of(model.graph) for node in graph for value in node.outputs if value.type is None]

@@ -1,4 +1,4 @@
-"""What onnx_ir leaves to its users: walking every graph of a model, fresh names, lifting weights to an outer scope."""
+"""What onnx_ir leaves to its users: walking all graphs of a model, fresh names, casts, lifting weights outwards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,22 @@ def graphs_of(main: ir.Graph) -> Iterator[ir.Graph]:
     """Yield a graph and all graphs nested in it, the outer ones first."""
     yield main
     yield from main.subgraphs()
+
+
+def bodies_of(node: ir.Node) -> list[ir.Graph]:
+    """Return the graphs in a node's attributes."""
+    return [body for _, body in named_bodies_of(node)]
+
+
+def named_bodies_of(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """Yield the graphs in a node's attributes, each with the name of its attribute."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.name, attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from ((attribute.name, body) for body in attribute.as_graphs())
 
 
 def value_names(main: ir.Graph) -> Counter[str]:
@@ -32,6 +48,22 @@ def fresh_name(wish: str, taken: Counter[str]) -> str:
         name = f"{wish}_{number}"
     taken[name] += 1
     return name
+
+
+def cast_of(value: ir.Value, dtype: ir.DataType, names: Counter[str], wish: str = "") -> ir.Node:
+    """Return a `Cast` that is in no graph yet; what it gives has a fresh name, a type, and the shape of what it is of.
+
+    Args:
+        value: What is cast.
+        dtype: To what.
+        names: The names that the model has; the new one is noted.
+        wish: The name, if nothing has it; left out, that of the value and the type, as in `x/float16`.
+    """
+    cast = ir.node("Cast", [value], {"to": int(dtype)})
+    (made,) = cast.outputs
+    made.name = fresh_name(wish or f"{value.name}/{dtype.name.lower()}", names)
+    made.type, made.shape = ir.TensorType(dtype), value.shape
+    return cast
 
 
 def constant_tensor(node: ir.Node | None) -> ir.TensorProtocol | None:

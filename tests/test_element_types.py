@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx.backend.test.case.node import collect_testcases
 
-from surgery.element_types import infer_types, unknown_types
+from surgery.element_types import infer_types
 from surgery.graphs import graphs_of
 from surgery.text import parse
 
@@ -26,6 +26,11 @@ def forget(model: ir.Model) -> dict[ir.Value, ir.TypeProtocol]:
                     known[value] = value.type
                 value.type = None
     return known
+
+
+def unknown_types(model: ir.Model) -> list[ir.Value]:
+    """Return the values of which the type is not known after `infer_types`."""
+    return [value for graph in graphs_of(model.graph) for node in graph for value in node.outputs if value.type is None]
 
 
 def test_every_example_of_onnx_gets_the_types_that_it_declares():
@@ -85,6 +90,49 @@ def test_states_of_loops_and_outputs_of_branches_get_types():
         ir.DataType.FLOAT16,
     ]
     assert unknown_types(model) == []
+
+
+MALFORMED = [
+    "y = Loop (trips, c, x)",
+    "y = Scan <num_scan_inputs = 1> (x)",
+    "y = SequenceMap (x)",
+    "y = Loop <body = 3> (trips, c, x)",
+    "y = Loop (trips, c, x) <body = b (i, go, s) => (on) { on = Identity(go) }>",
+    "y = Loop (trips, c, x) <body = b () => (on, t) { on = Identity(c) t = their.Magic(on) }>",
+    "y = If (c)",
+    "y = If (c) <then_branch = a () => () {}, else_branch = b () => () {}>",
+    "y = Cast (x)",
+    "y = Cast <to = 99> (x)",
+    "y = Cast <to = [1]> (x)",
+    'y = Cast <to = "HALF"> (x)',
+    "y = Constant ()",
+    "y = Constant <value = 3> ()",
+    "y = SequenceEmpty <dtype = 99> ()",
+    "y = EyeLike ()",
+    "y = Sqrt ()",
+]
+
+
+@pytest.mark.parametrize("node", MALFORMED)
+def test_what_a_malformed_node_gives_is_what_nobody_knows(node: str):
+    model = parse(f"g (int64 trips, bool c, float[n] x) => (y, z) {{ {node} z = Neg(x) }}")
+    infer_types(model)
+    y, z = model.graph.outputs
+    assert y.type is None
+    assert z.dtype == ir.DataType.FLOAT
+
+
+def test_outputs_that_are_too_many_for_branches_or_too_few_for_a_body():
+    model = parse(
+        """
+        g (int64 trips, bool c, float[n] x) => (y, z, u) {
+            y, z = If (c) <then_branch = a () => (p) { p = Neg(x) }, else_branch = b () => (q, r) { q, r = Split(x) }>
+            u = Loop (trips, c, x) <body = b (i, go, s) => (on, t, all) { on = Identity(go) t = Neg(s) all = Neg(s) }>
+        }
+        """
+    )
+    infer_types(model)
+    assert [value.dtype for value in model.graph.outputs] == [ir.DataType.FLOAT] * 3
 
 
 def test_no_two_values_share_a_type():

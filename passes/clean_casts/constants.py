@@ -96,6 +96,8 @@ def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
 
 def is_worth(tensor: ir.TensorProtocol, dtype: D, small_bytes: int, *, goes: bool) -> bool:
     """Return whether a constant may be there in another type, in place of the old one or beside it."""
+    if dtype not in COMMON:  # numbers as text have no size
+        return False
     size = tensor.size * dtype.itemsize
     return size <= (max(small_bytes, tensor.nbytes) if goes else small_bytes)
 

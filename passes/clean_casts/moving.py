@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from passes.clean_casts.constants import become, constant_of, convert, is_worth, put_beside, remove_constant
-from passes.clean_casts.cut import FOREVER, Cut
 from passes.clean_casts.exactness import can_skip, keeps_all
 from passes.clean_casts.neutral import GROWING, READING_SHAPE, SELECTING, can_move, moved_inputs, neutral_type
 from passes.clean_casts.site import Site, is_cast, source_of, source_type, target_type
+from surgery.cuts import FOREVER, Cut
+from surgery.graphs import cast_of
 
 D = ir.DataType
 OLD, NEW = "old", "new"
@@ -291,7 +292,7 @@ class _Change:
         for cast in casts:
             if target_type(cast) == self._move.new and self._site.move_before(cast, node):
                 return cast.outputs[0]
-        cast = self._site.new_cast(value, self._move.new, self._name(value))
+        cast = cast_of(value, self._move.new, self._site.names, self._name(value))
         assert isinstance(node.graph, ir.Graph)
         node.graph.insert_before(node, cast)
         return cast.outputs[0]
@@ -312,7 +313,7 @@ class _Change:
         uses = [(user, index) for user, index, taker in crossing.uses if taker is not NEW and taker not in self._moved]
         if uses or value.is_graph_output():
             assert isinstance(giver, ir.Node)
-            cast = self._site.new_cast(value, self._move.old, self._name(value))
+            cast = cast_of(value, self._move.old, self._site.names, self._name(value))
             (back,) = cast.outputs
             self._move.graph.insert_after(giver, cast)
             back.type, back.doc_string = value.type, value.doc_string

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from passes.clean_casts.site import Key, Site, key_of_cast, source_of
-from surgery.element_types import bodies_of
+from surgery.graphs import bodies_of
 
 
 def share(site: Site) -> bool:

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from surgery.element_types import Definitions, bodies_of
-from surgery.graphs import fresh_name, graphs_of, value_names
+from surgery.element_types import Definitions
+from surgery.graphs import bodies_of, fresh_name, graphs_of, value_names
 
 Key: TypeAlias = tuple[ir.Value, ir.DataType, int, str]
 """What a cast gives: of which value, in which type, and how it treats numbers that the type does not hold."""
@@ -193,13 +193,6 @@ class Site:
             assert isinstance(node.graph, ir.Graph)
             node = self._holders[node.graph]
         return node
-
-    def new_cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
-        """Return a cast that is in no graph yet, with a result of a fresh name."""
-        cast = ir.node("Cast", [value], {"to": int(dtype)})
-        (made,) = cast.outputs
-        made.name, made.type, made.shape = fresh_name(name, self.names), ir.TensorType(dtype), value.shape
-        return cast
 
     def fresh_name(self, wish: str) -> str:
         """Return a name that no value has, and note it as taken."""

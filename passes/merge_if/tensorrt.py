@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from passes.merge_if.interface import Interface
 from surgery.errors import Refused
-from surgery.graphs import graphs_of
+from surgery.graphs import bodies_of, graphs_of
 from surgery.interfaces import recognise_names
 
 TYPES = frozenset(
@@ -118,13 +118,4 @@ def _name(dtype: ir.DataType | None) -> str:
 
 
 def _levels(graph: ir.Graph) -> int:
-    inner = [one for node in graph for attribute in node.attributes.values() for one in _graphs(attribute)]
-    return max((1 + _levels(one) for one in inner), default=0)
-
-
-def _graphs(attribute: ir.Attr) -> Sequence[ir.Graph]:
-    if attribute.is_ref():
-        return ()
-    if attribute.type == ir.AttributeType.GRAPH:
-        return (attribute.as_graph(),)
-    return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
+    return max((1 + _levels(body) for node in graph for body in bodies_of(node)), default=0)

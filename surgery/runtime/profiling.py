@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from surgery.errors import RecipeError, SurgeryError
+from surgery.graphs import named_bodies_of
 from surgery.options import did_you_mean
 from surgery.runtime.sessions import open_fast_session, runtime
 
@@ -333,9 +334,8 @@ def _place(outer: str, owner: str, attribute: str) -> str:
 def _graphs_by_place(graph: ir.Graph, place: str = "") -> Iterator[tuple[str, ir.Graph]]:
     yield place, graph
     for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from _graphs_by_place(attribute.as_graph(), _place(place, node.name or "", attribute.name))
+        for name, body in named_bodies_of(node):
+            yield from _graphs_by_place(body, _place(place, node.name or "", name))
 
 
 def _replaced(before: ir.Graph, after: ir.Graph) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from surgery.storage.atomic import write_file
 from surgery.storage.fingerprint import fingerprint, identity
 from surgery.storage.naming import (
     MANIFEST,
@@ -48,4 +49,5 @@ __all__ = [
     "save_model",
     "save_models",
     "skeleton",
+    "write_file",
 ]

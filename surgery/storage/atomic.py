@@ -107,6 +107,27 @@ def publish_model(graph: Path, final_graph: Path, data: Path, final_data: Path, 
     sync_folder(final_graph.parent)
 
 
+def write_file(target: Path, content: bytes) -> None:
+    """Write a small file whole or not at all; what was there is replaced.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder, not a file", hint="choose another file")
+    try:
+        with staging(target) as folder:
+            staged = folder / target.name
+            with staged.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    sync_folder(target.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     with contextlib.suppress(OSError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import chain
 
 import onnx
 import onnx_ir as ir
 
+from surgery.provenance import STAMPS
 from surgery.storage.hollow import Stub, Weight, hollow
 from surgery.storage.region import Region, bytes_reader, key_of
 from surgery.storage.versions import lower
@@ -20,7 +22,7 @@ _SMALL_BYTES = 1 << 20
 def fingerprint(model: ir.Model) -> str:
     """Return a hash of everything a model says: graph, metadata and the bytes of its weights.
 
-    It does not depend on files, layouts, processes, or on how a tensor is stored.
+    It does not depend on files, layouts, processes, on how a tensor is stored, or on which step made a node.
     """
     digests: dict[Hashable, str] = {}
 
@@ -32,6 +34,7 @@ def fingerprint(model: ir.Model) -> str:
 
     proto = hollow(model, place, min_bytes=1)
     lower(proto)
+    _drop_stamps(proto)
     for graph in _graphs(proto.graph):
         _drop_what_initializers_repeat(graph)
     return _hash(proto)
@@ -41,9 +44,23 @@ def identity(model: ir.Model) -> str:
     """Return a hash that changes when the model does, without reading weights on disk.
 
     Only for comparing two moments of one process: regions count by their place, big tensors in memory by which object
-    they are. A tensor whose array is written to in place is not noticed; tensors are immutable in onnx_ir.
+    they are. A tensor whose array is written to in place is not noticed; tensors are immutable in onnx_ir. Which step
+    made a node is no part of it: a step that asks for a verdict has not signed its work yet.
     """
-    return _hash(hollow(model, lambda weight: Stub(_who(weight.tensor)), min_bytes=1))
+    proto = hollow(model, lambda weight: Stub(_who(weight.tensor)), min_bytes=1)
+    _drop_stamps(proto)
+    return _hash(proto)
+
+
+def _drop_stamps(proto: onnx.ModelProto) -> None:
+    """Drop what `surgery.provenance` has written."""
+    bodies = [_nested(function.node) for function in proto.functions]
+    graphs = (*_graphs(proto.graph), *chain.from_iterable(bodies))
+    for node in chain.from_iterable(body.node for body in (*graphs, *proto.functions)):
+        kept = [entry for entry in node.metadata_props if entry.key not in STAMPS]
+        if len(kept) < len(node.metadata_props):
+            del node.metadata_props[:]
+            node.metadata_props.extend(kept)
 
 
 def _who(tensor: ir.TensorProtocol) -> str:
@@ -75,7 +92,11 @@ def _drop_what_initializers_repeat(graph: onnx.GraphProto) -> None:
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
-    for node in graph.node:
+    yield from _nested(graph.node)
+
+
+def _nested(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from _graphs(attribute.g)

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from surgery.errors import ModelFileError
+from surgery.graphs import bodies_of
 from surgery.storage.protos import subgraphs_of
 
 Name = tuple[str, Hashable]
@@ -262,7 +263,7 @@ def _ir_graph(graph: ir.Graph, label: str) -> _Scope:
 
 def _ir_node(node: ir.Node) -> _Node:
     label = _label(node.name or "", node.op_type, [value.name or "" for value in node.outputs])
-    subgraphs = [_ir_graph(graph, f"{label}: graph {graph.name!r}") for graph in _ir_subgraphs(node)]
+    subgraphs = [_ir_graph(graph, f"{label}: graph {graph.name!r}") for graph in bodies_of(node)]
     inputs = [_named(value, label) for value in node.inputs if value is not None]
     # An output that nobody wants is an unnamed value here and an empty name in the file.
     outputs = [_named(value, label) for value in node.outputs if value.name or _is_wanted(value)]
@@ -277,16 +278,6 @@ def _named(value: ir.Value, where: str) -> Name:
     if not value.name:
         raise ModelFileError(f"{where}: a value that is used has no name")
     return value.name, id(value)
-
-
-def _ir_subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.as_graphs()
 
 
 def _label(name: str, op_type: str, outputs: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,10 @@ import pytest
 from rewriting import assert_leaves_alone, assert_rewrites, rewritten
 
 from passes.clean_casts import CleanCasts
-from passes.clean_casts.cut import FOREVER, Cut
 from passes.clean_casts.exactness import COMMON
 from passes.clean_casts.neutral import MOVED, OF_ANY_TYPE, TYPES, moved_inputs, neutral_type
 from surgery.element_types import infer_types
-from surgery.graphs import fresh_name, graphs_of, value_names
+from surgery.graphs import cast_of, graphs_of, value_names
 from surgery.runtime.sessions import open_session
 from surgery.storage import open_model
 from surgery.text import parse
@@ -555,31 +553,6 @@ def test_onnx_runtime_has_every_operator_for_the_types_that_it_may_be_moved_to(o
         session.run(None, {"f": np.ones((1, 4, 2, 2), dtype=np.float32)})
 
 
-# Cuts
-
-
-def test_the_cheapest_cut_is_the_one_found_by_trying_all():
-    random = np.random.default_rng(0)
-    for _ in range(60):
-        count = int(random.integers(1, 6))
-        nodes = ["s", *range(count), "t"]
-        edges = [
-            (start, end, int(random.choice([1, 1, 2, FOREVER])))
-            for start, end in itertools.permutations(nodes, 2)
-            if start != "t" and end != "s" and random.random() < 0.4 and (start, end) != ("s", "t")
-        ]
-        cut = Cut()
-        cut.edge("s", "t", 0)
-        for edge in edges:
-            cut.edge(*edge)
-        sides = [{"s", *chosen} for size in range(count + 1) for chosen in itertools.combinations(range(count), size)]
-        costs = [sum(edge[2] for edge in edges if edge[0] in side and edge[1] not in side) for side in sides]
-        cost, side = cut.minimum("s", "t")
-        assert cost == min(costs)
-        smallest = min((side for side, price in zip(sides, costs, strict=True) if price == cost), key=len)
-        assert side == smallest
-
-
 # A whole decoder
 
 
@@ -594,14 +567,11 @@ def round_everything(model: ir.Model) -> None:
     for graph in tuple(graphs_of(model.graph)):
         for node in tuple(graph):
             for value in [value for value in node.outputs if value.dtype == D.FLOAT and not value.is_graph_output()]:
-                down = ir.node("Cast", [value], {"to": int(D.FLOAT16)})
-                up = ir.node("Cast", down.outputs, {"to": int(D.FLOAT)})
+                down = cast_of(value, D.FLOAT16, names)
+                up = cast_of(down.outputs[0], D.FLOAT, names)
                 for user, index in value.uses():
                     if user is not down:
                         user.replace_input_with(index, up.outputs[0])
-                for cast, dtype in ((down, D.FLOAT16), (up, D.FLOAT)):
-                    cast.outputs[0].name = fresh_name(str(value.name), names)
-                    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape
                 graph.insert_after(node, [down, up])
 
 

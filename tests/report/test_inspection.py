@@ -151,6 +151,21 @@ def test_casts_are_counted_by_what_they_cast_in_branches_too(tmp_path):
     ]
 
 
+def test_casts_are_told_of_what_contrib_operators_and_local_functions_give(tmp_path):
+    text = """
+    <ir_version: 8, opset_import: ["" : 18, "com.microsoft" : 1, "local" : 1]>
+    g (float16[2] x) => (float[2] y, float[2] z) {
+        a = com.microsoft.Gelu(x)
+        y = Cast <to = 1> (a)
+        b = local.Twice(x)
+        z = Cast <to = 1> (b)
+    }
+    <domain: "local", opset_import: ["" : 18]>
+    Twice (u) => (v) { v = Add(u, u) }
+    """
+    assert inspect_one(draw(tmp_path / "m.onnx", text)).casts == [Casts("float16", "float", 2, 0, 0)]
+
+
 # Weights
 
 

@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto
 from small_models import chain, everywhere, matrix, tensor_of, with_initializer, write
 
+from surgery.provenance import CHANGED_BY, MADE_BY
 from surgery.storage import fingerprint, identity, open_model, role_of_file, save_models
 
 
@@ -78,6 +79,20 @@ def test_an_identity_tells_two_big_tensors_in_memory_apart_even_if_one_replaces_
         model.graph.initializers["w0"].const_value = ir.tensor(big + value, name="w0")
         seen.add(identity(model))
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("measure", [fingerprint, identity])
+def test_which_step_made_a_node_tells_no_models_apart(measure):
+    model = ir.from_proto(everywhere().proto)
+    before = measure(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props[MADE_BY] = "dedup_weights (step 1)"
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            node.metadata_props[CHANGED_BY] = "dedup_weights (step 1)"
+    assert measure(model) == before
+    next(iter(model.graph)).metadata_props["somebody"] = "else"
+    assert measure(model) != before
 
 
 def test_roles_and_file_names_belong_together():

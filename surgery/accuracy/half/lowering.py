@@ -11,7 +11,7 @@ from onnx_ir.passes.common import InlinePass
 from surgery.accuracy.half.assumptions import Assumption, assumption
 from surgery.element_types import infer_types
 from surgery.errors import StepFailed
-from surgery.graphs import fresh_name, graphs_of, value_names
+from surgery.graphs import bodies_of, cast_of, graphs_of, value_names
 
 FLOAT = ir.DataType.FLOAT
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -111,7 +111,10 @@ class _Lowering:
                 self._lower(node)
 
     def _widen_inputs(self, graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
-        """Widen the weights of a graph and the model's inputs; inputs of a body are what the node outside gives."""
+        """Widen the weights of a graph and the model's inputs; inputs of a body are what the node outside gives.
+
+        Each is widened where it is first read, so a session that runs nodes in their order holds one wide at a time.
+        """
         is_main = graph is self._main
         weights = [value for value in graph.initializers.values() if _is_half(value)]
         inputs = [value for value in graph.inputs if _is_half(value) and not value.is_initializer()]
@@ -119,10 +122,11 @@ class _Lowering:
             for value in inputs:
                 _widen(value)
             inputs = []
+        readers = _first_readers(nodes)
         for value in (*inputs, *weights):
-            cast = self._cast(value, FLOAT)
-            if nodes:
-                graph.insert_before(nodes[0], cast)
+            cast = cast_of(value, FLOAT, self._names)
+            if value in readers:
+                graph.insert_before(readers[value], cast)
             else:
                 graph.append(cast)
             self._replace(value, cast, is_result_too=not is_main)
@@ -141,12 +145,12 @@ class _Lowering:
         for index, dtype in self._kept.get(node, {}).items():
             value = node.inputs[index]
             assert value is not None
-            cast = self._cast(value, dtype)
+            cast = cast_of(value, dtype, self._names)
             node.graph.insert_before(node, cast)
             node.replace_input_with(index, cast.outputs[0])
         for output in node.outputs:
             if _is_half(output):
-                cast = self._cast(output, FLOAT)
+                cast = cast_of(output, FLOAT, self._names)
                 node.graph.insert_after(node, cast)
                 self._replace(output, cast, is_result_too=node.graph is not self._main)
 
@@ -160,6 +164,8 @@ class _Lowering:
             dtype = output.dtype
             is_result = output.is_graph_output() and node.graph is self._main
             _widen(output)
+            if not output.name:
+                continue  # an optional result that nobody asked for
             if dtype is not None and isinstance(output.type, ir.TensorType) and (is_result or not moves):
                 self._round(output, dtype, is_result=is_result)
 
@@ -168,7 +174,7 @@ class _Lowering:
         node = output.producer()
         assert node is not None
         assert node.graph is not None
-        narrowing = self._cast(output, dtype)
+        narrowing = cast_of(output, dtype, self._names)
         node.graph.insert_after(node, narrowing)
         narrow = narrowing.outputs[0]
         if is_result:
@@ -176,16 +182,9 @@ class _Lowering:
             narrow.name, output.name = output.name, narrow.name
             if all(user is narrowing for user, _ in output.uses()):
                 return
-        widening = self._cast(narrow, FLOAT)
+        widening = cast_of(narrow, FLOAT, self._names)
         node.graph.insert_after(narrowing, widening)
         self._replace(output, widening, but=narrowing, is_result_too=not is_result)
-
-    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Node:
-        name = fresh_name(f"{value.name}/{dtype.name.lower()}", self._names)
-        cast = ir.node("Cast", [value], {"to": int(dtype)})
-        (made,) = cast.outputs
-        made.name, made.type, made.shape = name, ir.TensorType(dtype), value.shape
-        return cast
 
     def _replace(self, value: ir.Value, cast: ir.Node, *, but: ir.Node | None = None, is_result_too: bool) -> None:
         """Let all use what a cast gives in place of a value, but for one node and the cast itself."""
@@ -198,6 +197,22 @@ class _Lowering:
         for graph in self._graphs:
             if graph is not self._main and any(output is value for output in graph.outputs):
                 graph.outputs[:] = [wide if output is value else output for output in graph.outputs]
+
+
+def _first_readers(nodes: Sequence[ir.Node]) -> dict[ir.Value, ir.Node]:
+    """Return the first of these nodes that reads a value, itself or in its bodies."""
+    found: dict[ir.Value, ir.Node] = {}
+    for node in nodes:
+        inner = (one for body in bodies_of(node) for graph in graphs_of(body) for one in graph)
+        for reader in (node, *inner):
+            for value in reader.inputs:
+                if value is not None:
+                    found.setdefault(value, node)
+        for body in bodies_of(node):
+            for graph in graphs_of(body):
+                for value in graph.outputs:
+                    found.setdefault(value, node)
+    return found
 
 
 def _is_half(value: ir.Value | None) -> bool:

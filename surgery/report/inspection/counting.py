@@ -9,6 +9,7 @@ from itertools import chain
 
 import onnx_ir as ir
 
+from surgery.graphs import named_bodies_of
 from surgery.interfaces import Recognised, Slot, recognise
 from surgery.report.inspection.found import Body, CacheKind, Casts, Dimension, Interface, Operator, Port
 
@@ -34,20 +35,10 @@ def scopes_of(model: ir.Model) -> Iterator[Scope]:
 def _below(scope: Scope) -> Iterator[Scope]:
     yield scope
     for node in scope.graph:
-        for name, graph in _graphs_in(node):
+        for name, graph in named_bodies_of(node):
             label = f"{node.name or node.op_type}.{name}"
             path = f"{scope.path} > {label}" if scope.path else label
             yield from _below(Scope(graph, path, scope.depth + 1, scope.is_function))
-
-
-def _graphs_in(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.name, attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from ((attribute.name, graph) for graph in attribute.as_graphs())
 
 
 def ports(values: Iterable[ir.Value]) -> list[Port]:

@@ -1,21 +1,28 @@
-"""Element types that a file leaves out, inferred by onnx."""
+"""Element types that a file leaves out, inferred."""
 
 from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
 
+from surgery.element_types import infer_types
 from surgery.errors import ModelFileError
+from surgery.graphs import bodies_of, graphs_of
 from surgery.storage.hollow import Stub, hollow
+from surgery.storage.protos import subgraphs_of
 
 _NOWHERE = Stub("nowhere")
 
 
 def fill_in_types(model: ir.Model) -> None:
-    """Give each value of the main graph and of those inside it the element type that onnx infers, where it has none.
+    """Give each value of the main graph and of those inside it its element type, where the file does not say it.
 
-    No weight is read. What cannot be inferred stays unknown, and so do values of local functions.
+    No weight is read. What cannot be inferred stays unknown, and so do values of local functions. `infer_types` says
+    nothing of what calls of these give, and of a few operators; there onnx is asked, which looks into functions.
     """
+    infer_types(model)
+    if all(value.type is not None for graph in graphs_of(model.graph) for node in graph for value in node.outputs):
+        return
     try:
         proto = hollow(model, lambda _: _NOWHERE, min_bytes=1024)
         inferred = onnx.shape_inference.infer_shapes(proto)
@@ -30,12 +37,5 @@ def _fill_in(graph: ir.Graph, proto: onnx.GraphProto) -> None:
         for value in node.outputs:
             if value.dtype is None and known.get(value.name or ""):
                 value.dtype = ir.DataType(known[value.name or ""])
-        graphs = {attribute.name: attribute for attribute in node_proto.attribute}
-        for name, attribute in node.attributes.items():
-            if attribute.is_ref():
-                continue
-            if attribute.type == ir.AttributeType.GRAPH:
-                _fill_in(attribute.as_graph(), graphs[name].g)
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for inner, inner_proto in zip(attribute.as_graphs(), graphs[name].graphs, strict=True):
-                    _fill_in(inner, inner_proto)
+        for body, body_proto in zip(bodies_of(node), subgraphs_of(node_proto), strict=True):
+            _fill_in(body, body_proto)

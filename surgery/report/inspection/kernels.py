@@ -11,14 +11,12 @@ import onnx_ir as ir
 from onnx.defs import SchemaError, get_schema
 
 from surgery.report.inspection.counting import Scope, type_name
+from surgery.runtime.schemas import Operator, newest, runtime_schemas
 
 CPU = "CPUExecutionProvider"
 _OPEN_END = (1 << 31) - 1
 # The CPU provider computes in float32 what it has no float16 kernel for.
 _WIDENED = {"tensor(float16)": "tensor(float)"}
-
-Operator = tuple[str, str]
-"""Domain and name."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,8 @@ def _opset_of(node: ir.Node, model: ir.Model) -> int | None:
 class _Registry:
     """What ONNX Runtime's Python module says of its operators and kernels."""
 
-    def __init__(self, schemas: Sequence[Any], kernels: Sequence[Any]) -> None:
-        self.schemas: defaultdict[Operator, list[Any]] = defaultdict(list)
-        for schema in schemas:
-            self.schemas[schema.domain, schema.name].append(schema)
+    def __init__(self, schemas: Mapping[Operator, Sequence[Any]], kernels: Sequence[Any]) -> None:
+        self.schemas = schemas
         self.kernels: defaultdict[Operator, list[Any]] = defaultdict(list)
         for kernel in kernels:
             self.kernels[kernel.domain, kernel.op_name].append(kernel)
@@ -82,19 +78,16 @@ class _Registry:
     def read(cls) -> _Registry | None:
         """Return the registry, None from a build that does not tell."""
         try:
-            from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema, get_all_opkernel_def
+            from onnxruntime.capi.onnxruntime_pybind11_state import get_all_opkernel_def
         except ImportError:
             return None
-        return cls(get_all_operator_schema(), get_all_opkernel_def())
+        schemas = runtime_schemas()
+        return cls(schemas, get_all_opkernel_def()) if schemas else None
 
     def gap(self, node: ir.Node, opset: int, providers: Sequence[str]) -> Gap | None:
         """Return what is missing for a node, None if nothing is."""
         key = node.domain, node.op_type
-        schema = max(
-            (one for one in self.schemas[key] if one.since_version <= opset),
-            key=lambda one: int(one.since_version),
-            default=None,
-        )
+        schema = newest(self.schemas.get(key, ()), opset)
         if schema is None:
             return Gap(*key, opset, *self._unknown(key))
         here = [kernel for kernel in self.kernels[key] if kernel.provider == CPU]
@@ -127,7 +120,7 @@ class _Registry:
                 "no operators of this domain are built in",
                 "SessionOptions.register_custom_ops_library with the library that has them",
             )
-        newer = [one.since_version for one in self.schemas[key]]
+        newer = [one.since_version for one in self.schemas.get(key, ())]
         if newer:
             return f"comes only with opset {min(newer)}", "declare a newer operator set"
         return (
