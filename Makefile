@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python -m surgery run recipes/adder.yaml --overwrite
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not long and not gpu" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not long" --numprocesses auto --dist loadfile
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.bundle import Bundle
     from surgery.claims import Claim, HostLoop, Program
-    from surgery.contract import Analysis, BundlePass, Change, Context, Effect, ModelPass, Tolerance
+    from surgery.contract import Analysis, BundlePass, Change, Context, Effect, ModelPass, Sampling, Tolerance
     from surgery.errors import Refused, SurgeryError
     from surgery.facts import Fact
     from surgery.pipeline import Pipeline, Result
@@ -31,6 +31,7 @@ _HOMES = {
     "Program": "claims",
     "Refused": "errors",
     "Result": "pipeline",
+    "Sampling": "contract",
     "Source": "recipe",
     "SurgeryError": "errors",
     "Tolerance": "contract",
@@ -53,6 +54,7 @@ __all__ = [
     "Program",
     "Refused",
     "Result",
+    "Sampling",
     "Source",
     "SurgeryError",
     "Tolerance",

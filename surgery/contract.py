@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -36,10 +36,17 @@ class Effect(Enum):
 
 @dataclass(frozen=True)
 class Change:
-    """What a pass did: how many changes, and a sentence in the user's units; `Change(0, "")` is nothing to do."""
+    """What a pass did: how many changes, and a sentence in the user's units; `Change(0, "")` is nothing to do.
+
+    Args:
+        count: How many changes.
+        summary: The sentence.
+        details: What stands behind it, a line each; the report has all of them, the command line the first few.
+    """
 
     count: int
     summary: str
+    details: tuple[str, ...] = ()
 
 
 class Tolerance(Options):
@@ -105,6 +112,34 @@ def every_model(use: RoleUse, description: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Which samples of a model a pass asks for; what is left out is as the recipe's check says.
+
+    Args:
+        data: The user's own: a file or a folder as `check.data` takes it, or one for each role of the source.
+        batches: Generate these batch sizes.
+        lengths: Generate prompts of these lengths.
+        past: Generate caches that hold so many tokens.
+        seed: Draw from this seed.
+        round: Generated samples are drawn anew in every round, without end; the user's own are all of round 0.
+    """
+
+    data: Path | Mapping[str, Path] | None = None
+    batches: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    past: tuple[int, ...] | None = None
+    seed: int | None = None
+    round: int = 0
+
+
+class Feeds(Protocol):
+    """Gives samples of a model's inputs, made while they are taken: arrays by input name."""
+
+    def __call__(self, role: str, sampling: Sampling | None = None, /) -> Iterator[Mapping[str, np.ndarray]]:
+        """Yield the samples of a role: without more, those that verdicts rest on."""
+
+
+@dataclass(frozen=True)
 class Context:
     """All that a pass is told, and may ask for; a pass never loads, saves or opens a session itself.
 
@@ -115,8 +150,9 @@ class Context:
         tolerance: The tolerance in force for this step.
         scratch: A folder for files that need not outlive the run; new tensors may be put there and mapped.
         role: The model that a `ModelPass` is at.
-        feeds: Gives samples of a model's inputs, arrays by input name.
+        feeds: Gives samples of a model's inputs, arrays by input name: those of the check, or as a `Sampling` says.
         run: Runs a model on such a sample and gives its outputs by name.
+        run_all: Runs a model on many samples, as `surgery.runtime.farm.run_all` does: over processes and machines.
         judge: Compares a candidate with what the step was given; each call is cached and counted in the ledger.
         progress: Takes a sentence to show while long work is under way.
     """
@@ -127,8 +163,9 @@ class Context:
     tolerance: Tolerance = field(default_factory=Tolerance)
     scratch: Path = Path()
     role: str = "model"
-    feeds: Callable[[str], Iterator[Mapping[str, np.ndarray]]] = lambda role: _no_runs()
+    feeds: Feeds = lambda role, sampling=None: _no_runs()
     run: Callable[[ir.Model, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = lambda model, feeds: _no_runs()
+    run_all: Callable[..., Generator[Mapping[str, np.ndarray], None, None]] = lambda *given, **where: _no_runs()
     judge: Callable[[ir.Model | Bundle], Verdict] = lambda candidate: _no_runs()
     progress: Callable[[str], None] = lambda sentence: None
 
@@ -250,7 +287,8 @@ def join_changes(changes: Mapping[str, Change]) -> Change:
     if len(changes) == 1:
         return next(iter(changes.values()))
     sentences = [f"{role}: {change.summary}" for role, change in done.items()]
-    return Change(sum(change.count for change in done.values()), "; ".join(sentences))
+    details = tuple(f"{role}: {line}" for role, change in done.items() for line in change.details)
+    return Change(sum(change.count for change in done.values()), "; ".join(sentences), details)
 
 
 class Analysis(Pass):
@@ -314,6 +352,7 @@ __all__ = [
     "Program",
     "Refused",
     "RoleUse",
+    "Sampling",
     "Tolerance",
     "edits",
     "every_model",

@@ -19,11 +19,17 @@ class Fact(Options):
     """What an analysis found about one model; a plural noun by custom (`Ranges`)."""
 
     def save(self, path: Path, model: ir.Model) -> None:
-        """Write the fact with the fingerprint of the model that it describes (reads all its weights once)."""
-        from surgery.storage import fingerprint
+        """Write the fact with the fingerprint of the model that it describes (reads all its weights once).
+
+        The file appears whole or not at all; one that is there is replaced.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        from surgery.storage import fingerprint, write_file
 
         content = {"fact": type(self).__name__, "fingerprint": fingerprint(model), "data": self.model_dump(mode="json")}
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_file(path, json.dumps(content, indent=1).encode())
 
     @classmethod
     def load(cls: type[FactType], path: Path, model: ir.Model) -> FactType:
@@ -35,6 +41,8 @@ class Fact(Options):
         """
         from surgery.storage import fingerprint
 
+        if not path.is_file():
+            raise RecipeError(f"{path}: there is no such file")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             name, stamp, data = content["fact"], content["fingerprint"], content["data"]

@@ -170,8 +170,8 @@ def _refuse_check(recipe: Recipe, roles: Sequence[str], planned: Sequence[Planne
     for role, path in data.items() if isinstance(data, dict) else [(None, data)]:
         if role is not None and role not in roles:
             raise RecipeError(f"check.data: the source has no model {role!r}{did_you_mean(role, roles)}")
-        if path is not None and not (recipe.folder / path).is_file():
-            raise RecipeError(f"check.data: there is no file {recipe.folder / path}")
+        if path is not None and not (recipe.folder / path).exists():
+            raise RecipeError(f"check.data: there is no file or folder {recipe.folder / path}")
     if recipe.check.prompts:
         from surgery.runtime.prompts import roles_of_prompts
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import Field, ValidationError
 
@@ -56,6 +56,16 @@ class OutputTolerance(Options):
     top1: float | None = Field(None, ge=0, le=1, description="As check.top1, for this output.")
 
 
+HalfProvider = Literal[
+    "CUDAExecutionProvider",
+    "DmlExecutionProvider",
+    "MIGraphXExecutionProvider",
+    "TensorrtExecutionProvider",
+    "WebGpuExecutionProvider",
+]
+"""Providers that compute float16 as such; the CPU's computes it in float32, so what it says is no verdict."""
+
+
 class Check(Options):
     """How the answers are compared after every step."""
 
@@ -79,8 +89,13 @@ class Check(Options):
     seed: int = Field(0, ge=0, description="Draw the feeds from this seed.")
     data: Path | dict[str, Path] | None = Field(
         None,
-        description="Feed this instead: a data_loader.py with load_data(), a .npz, or Polygraphy JSON; by role if "
-        "the source has several models.",
+        description="Feed this instead: a data_loader.py with load_data(), a .npz or a folder of them, Polygraphy "
+        "JSON, or a .txt with a prompt a line; by role if the source has several models.",
+    )
+    provider: HalfProvider | None = Field(
+        None,
+        description="Run what is in half precision on this provider of ONNX Runtime as well, which computes it; the "
+        "emulation is judged beside it.",
     )
     prompts: tuple[str, ...] = Field(
         (),
@@ -440,14 +455,29 @@ def _read_step(index: int, raw: Any, folder: Path, places: _Places, mistakes: li
 def make_pass(cls: type[Pass], options: Mapping[str, Any], folder: Path) -> Pass:
     """Make a pass of its options; `folder` is what names of modules and relative paths in them are relative to."""
     made = cls.model_validate(options, context={"folder": folder})
-    paths = {name: getattr(made, name) for name, option in cls.model_fields.items() if _is_path(option.annotation)}
-    moved = {name: folder / path for name, path in paths.items() if path is not None and not path.is_absolute()}
+    given = {name: getattr(made, name) for name in cls.model_fields}
+    moved = {name: with_paths(value, lambda path: folder / path) for name, value in given.items() if has_path(value)}
     return made.model_copy(update=moved) if moved else made
 
 
-def _is_path(annotation: Any) -> bool:
-    """Is this `Path`, or `Path | None`?"""
-    return annotation is Path or set(get_args(annotation)) == {Path, type(None)}
+def has_path(value: Any) -> bool:
+    """Is this a path, or a list or mapping with one in it?"""
+    return isinstance(value, Path) or any(map(has_path, _inside(value)))
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, tuple) else ()
+
+
+def with_paths(value: Any, change: Callable[[Path], Any]) -> Any:
+    """Return the value of an option with every path in it changed."""
+    if isinstance(value, Path):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: with_paths(entry, change) for key, entry in value.items()}
+    return tuple(with_paths(entry, change) for entry in value) if isinstance(value, tuple) else value
 
 
 def option_names(cls: type[Pass]) -> list[str]:

@@ -20,12 +20,12 @@ class Findings:
 
     Args:
         program: What verdicts call it.
-        is_emulated: Half precision was emulated on either side.
+        half: How half precision was computed, where either side has any: EMULATED, or the name of a provider.
     """
 
-    def __init__(self, program: str, *, is_emulated: bool = False) -> None:
+    def __init__(self, program: str, *, half: str = "") -> None:
         self._program = program
-        self._is_emulated = is_emulated
+        self._half = half
         self._step: list[Gap] = []
         self._drift: list[Gap] = []
         self._outputs: dict[str, Gap] = {}
@@ -79,8 +79,8 @@ class Findings:
             is_own_data: The user chose the samples.
         """
         coverage = coverage_of(samples)
-        if self._is_emulated:
-            coverage = coverage.joined(Coverage(0, {HALF: frozenset({EMULATED})}))
+        if self._half:
+            coverage = coverage.joined(Coverage(0, {HALF: frozenset({self._half})}))
         # Drift that the step itself explains is not said twice.
         found = [
             failure

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,7 @@ from polygraphy.comparator import Comparator
 
 from surgery.accuracy.compare import OutputComparison, OutputResult
 from surgery.accuracy.feeds import Interface, Sample
-from surgery.accuracy.findings import Findings
+from surgery.accuracy.findings import EMULATED, Findings
 from surgery.accuracy.limits import Limits
 from surgery.accuracy.locate import first_differences
 from surgery.accuracy.quiet import quiet_polygraphy
@@ -31,10 +32,11 @@ from surgery.accuracy.samples import Samples
 from surgery.accuracy.verdict import Verdict
 from surgery.bundle import Bundle
 from surgery.claims import AnyProgram, Claim, HostLoop, Measure, Program
-from surgery.contract import Effect, Tolerance
+from surgery.contract import Effect, Sampling, Tolerance
 from surgery.errors import RecipeError, StepFailed, SurgeryError
 from surgery.options import did_you_mean
 from surgery.recipe import Check
+from surgery.runtime.farm import run_all
 
 SOURCE, BEFORE, AFTER = "source", "before", "after"
 
@@ -81,6 +83,11 @@ def _label(reference: AnyProgram, candidate: AnyProgram) -> str:
     return str(candidate) if candidate == reference else f"{candidate} as {reference}"
 
 
+def _on(label: str, provider: str | None) -> str:
+    """Return the name of what runs on a provider of its own."""
+    return f"{label} on {provider}" if provider else label
+
+
 class Judge:
     """Compares bundles of one run with each other and with the source.
 
@@ -100,6 +107,7 @@ class Judge:
         self._check = check
         self._reference = reference
         self._programs = Programs()
+        self._real = Programs(check.provider) if check.provider else None
         self._samples = Samples(source, check, folder, self._run_source)
         self._lineage = [Claim.same(role) for role in source.models]
         self._drift = Limits((), check)
@@ -109,13 +117,24 @@ class Judge:
     def close(self) -> None:
         """Close every session; the judge is of no use afterwards."""
         self._programs.close()
+        if self._real is not None:
+            self._real.close()
 
-    def feeds(self, stage: Bundle, role: str) -> Iterator[Mapping[str, np.ndarray]]:
-        """Yield samples of a model of a later bundle: those of the source, taken through the recipe's claims."""
+    def feeds(self, stage: Bundle, role: str, sampling: Sampling | None = None) -> Iterator[Mapping[str, np.ndarray]]:
+        """Yield samples of a model of a later bundle: those of the source, taken through the recipe's claims.
+
+        Args:
+            stage: The bundle.
+            role: The model.
+            sampling: Which; None is those that verdicts rest on.
+
+        Raises:
+            RecipeError: The user's data do not fit.
+        """
         program = Program(role)
         wanted = tuple(value.name or "" for value in Interface(stage[role]).inputs)
         for claim in self._ancestors(program):
-            for sample in self._samples.of(claim.reference):
+            for sample in self._samples.drawn(claim.reference, sampling or Sampling()):
                 yield claim.feed(sample.arrays, wanted)
 
     def run(self, model: ir.Model, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -124,6 +143,13 @@ class Judge:
 
         with runtime_errors("the model"):
             return self._programs.model(model, identity(model)).run(feeds)
+
+    def run_all(
+        self, model: ir.Model, samples: Iterable[Mapping[str, np.ndarray]], outputs: Sequence[str], **where: Any
+    ) -> Generator[Mapping[str, np.ndarray], None, None]:
+        """Run a model on many samples, as `surgery.runtime.farm.run_all` does."""
+        with runtime_errors("the model"):
+            yield from run_all(model, samples, outputs, **where)
 
     def judge_source(self) -> Verdict:
         """Compare the source with what it was exported from, or with itself: it must answer the same twice.
@@ -141,7 +167,7 @@ class Judge:
             first = ReferenceProgram(self._reference, role, program.inputs) if self._reference else program
             label = f"what {role!r} was exported from" if self._reference else role
             entrants = [_Entrant(SOURCE, label, first, dict), _Entrant(AFTER, role, program, dict)]
-            found = Findings(role, is_emulated=program.is_emulated)
+            found = Findings(role, half=EMULATED if program.is_emulated else "")
             comparison = OutputComparison(Claim.same(role), self._source_limits())
             for sample, results in self._compare(entrants, samples, {(0, 1): comparison}):
                 found.add_step(sample, results[0, 1])
@@ -172,6 +198,8 @@ class Judge:
         self.calls += 1
         if key not in self._verdicts:
             self._programs.forget_all_but({*self._source.identities.values(), *old.identities.values()})
+            if self._real is not None:
+                self._real.forget_all_but(set())
             is_close = effect is Effect.CLOSE
             step = Limits((tolerance,) if is_close else (), self._check)
             drift = self._drift.plus(tolerance) if is_close else self._drift
@@ -218,9 +246,19 @@ class Judge:
 
     def _judge_claim(self, verdict: Verdict, root: Claim, claim: Claim, cut: _Cut) -> Verdict:
         """Check one claim on the samples of one program of the source."""
+        after = self._open(claim.candidate, cut.new)
+        verdict = self._judge_program(verdict, root, claim, cut, after)
+        if self._real is None or not after.is_emulated:
+            return verdict
+        real = self._open(claim.candidate, cut.new, self._real)
+        return self._judge_program(verdict, root, claim, cut, real, self._check.provider)
+
+    def _judge_program(
+        self, verdict: Verdict, root: Claim, claim: Claim, cut: _Cut, after: Runnable, provider: str | None = None
+    ) -> Verdict:
+        """Check what a program answers: that of a claim's candidate, here or on a provider."""
         source = self._open(root.reference, self._source)
         before = self._open(root.candidate, cut.old)
-        after = self._open(claim.candidate, cut.new)
         claim.refuse_unknown_inputs(after.inputs)
         whole = root.then(claim)
 
@@ -231,7 +269,7 @@ class Judge:
             return claim.feed(feed_before(arrays), after.inputs)
 
         first = _Entrant(SOURCE, f"{root.reference} of the source", source, dict)
-        last = _Entrant(AFTER, str(claim.candidate), after, feed_after)
+        last = _Entrant(AFTER, _on(str(claim.candidate), provider), after, feed_after)
         step = OutputComparison(claim, cut.step, whole)
         is_first = before is source and root.is_same
         if is_first:
@@ -244,7 +282,8 @@ class Judge:
         # One token that differs changes all that follow, so a close step before this one may have changed most of them.
         is_bound = not is_first and whole.measure is not Measure.TOKENS
         is_emulated = any(program.is_emulated for program in (source, before, after))
-        found = Findings(_label(root.reference, claim.candidate), is_emulated=is_emulated)
+        half = provider or (EMULATED if is_emulated else "")
+        found = Findings(_on(_label(root.reference, claim.candidate), provider), half=half)
         for sample, results in self._compare(entrants, samples, pairs):
             found.add_step(sample, results[last_step])
             found.add_drift(sample, results[0, len(entrants) - 1], is_judged=is_bound)
@@ -276,10 +315,10 @@ class Judge:
                 found.append((sample, {pair: comparison.results for pair, comparison in comparisons.items()}))
         return found
 
-    def _open(self, program: AnyProgram, stage: Stage) -> Runnable:
+    def _open(self, program: AnyProgram, stage: Stage, programs: Programs | None = None) -> Runnable:
         config = {**stage.bundle.config, **stage.bundle.generation_config}
         with runtime_errors(str(program)):
-            return self._programs.program(program, stage.bundle.models, stage.identities, config)
+            return (programs or self._programs).program(program, stage.bundle.models, stage.identities, config)
 
     def _run_source(self, role: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with runtime_errors(f"{role} of the source"):

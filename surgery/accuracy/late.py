@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from surgery.accuracy.verdict import Verdict
     from surgery.bundle import Bundle
     from surgery.claims import Claim
-    from surgery.contract import Effect, Tolerance
+    from surgery.contract import Effect, Sampling, Tolerance
 
 
 class LateJudge:
@@ -45,13 +45,19 @@ class LateJudge:
         else:
             self._accepted.append((claims, effect, tolerance))
 
-    def feeds(self, stage: Bundle, role: str) -> Iterator[Mapping[str, np.ndarray]]:
+    def feeds(self, stage: Bundle, role: str, sampling: Sampling | None = None) -> Iterator[Mapping[str, np.ndarray]]:
         """Yield samples, as the judge does."""
-        return self._made.feeds(stage, role)
+        return self._made.feeds(stage, role, sampling)
 
     def run(self, model: ir.Model, feeds: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Run a model once, as the judge does."""
         return self._made.run(model, feeds)
+
+    def run_all(
+        self, model: ir.Model, samples: Iterable[Mapping[str, np.ndarray]], outputs: Sequence[str], **where: Any
+    ) -> Generator[Mapping[str, np.ndarray], None, None]:
+        """Run a model on many samples, as the judge does."""
+        return self._made.run_all(model, samples, outputs, **where)
 
     def judge_source(self) -> Verdict:
         """Compare the source, as the judge does."""

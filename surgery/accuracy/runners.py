@@ -22,7 +22,7 @@ from surgery.accuracy.half import holds_half, lower_half
 from surgery.claims import AnyProgram, HostLoop, Program
 from surgery.errors import StepFailed, SurgeryError
 from surgery.runtime.loops import LOOPS, Callee, Signature
-from surgery.runtime.sessions import open_session
+from surgery.runtime.sessions import CPU, in_written_order, open_session
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,11 +51,19 @@ class ModelProgram:
     All graph optimizations are off, nothing is prepacked, there is one provider and a fixed number of threads: with any
     of these otherwise, equal graphs may differ in the last bits. What is in half precision is emulated: on the CPU
     ONNX Runtime would compute it in float32.
+
+    Args:
+        model: The model.
+        provider: Where to run it; on another than the CPU nothing is emulated.
     """
 
-    def __init__(self, model: ir.Model) -> None:
-        self.is_emulated = holds_half(model)
-        self.session = open_session(lower_half(model) if self.is_emulated else model, threads=threads())
+    def __init__(self, model: ir.Model, provider: str = CPU) -> None:
+        self.is_emulated = provider == CPU and holds_half(model)
+        providers = (CPU,) if provider == CPU else (provider, CPU)
+        lowered = lower_half(model) if self.is_emulated else model
+        # Emulated, each weight is widened where it is read: at most one should be there wide.
+        configure = in_written_order if self.is_emulated else lambda options: None
+        self.session = open_session(lowered, threads=threads(), providers=providers, configure=configure)
         self._inputs = tuple(value.name for value in self.session.get_inputs())
         self.outputs = tuple(value.name for value in self.session.get_outputs())
         self.signature = Signature.of(model)
@@ -231,15 +239,20 @@ def metadata_of(arrays: Mapping[str, np.ndarray]) -> TensorMetadata:
 
 
 class Programs:
-    """Opens the programs of bundles and keeps those sessions that are still of use."""
+    """Opens the programs of bundles and keeps those sessions that are still of use.
 
-    def __init__(self) -> None:
+    Args:
+        provider: Where all of them run.
+    """
+
+    def __init__(self, provider: str = CPU) -> None:
+        self._provider = provider
         self._open: dict[str, ModelProgram] = {}
 
     def model(self, model: ir.Model, identity: str) -> ModelProgram:
         """Return a model's program; models that are identical share a session."""
         if identity not in self._open:
-            self._open[identity] = ModelProgram(model)
+            self._open[identity] = ModelProgram(model, self._provider)
         return self._open[identity]
 
     def program(

@@ -222,6 +222,8 @@ def _answer(
         generator = open_generator(source, providers=providers, threads=threads, progress=status.update)
     with generator:
         _silence()
+        if generator.is_widened:
+            typer.echo("note: on the CPU float16 is computed in float32; a GPU may answer otherwise", err=True)
         tokenizer = None if prompts[0].text is None else _tokenizer(generator)
         rows = encoded(prompts, tokenizer, system=system, is_chat=is_chat)
         _refuse_no_room(generator, rows, options)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from surgery.recipe import Recipe
     from surgery.storage import SavedFile
 
+SHOWN_DETAILS = 8
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads annotations at run time
@@ -203,6 +205,11 @@ def _show(console: Console, record: StepRecord) -> None:
     if record.is_source:
         change = f"opened; {record.change.summary}" if record.change.summary else "opened"
     console.print(f"step {record.number} {record.word}{gap}; {change} ({seconds})", markup=False)
+    for line in record.change.details[:SHOWN_DETAILS]:
+        console.print(f"  {line}", markup=False)
+    hidden = len(record.change.details) - SHOWN_DETAILS
+    if hidden > 0:
+        console.print(f"  and {hidden} more in report.json", markup=False)
 
 
 def _summarise(console: Console, result: Result) -> None:

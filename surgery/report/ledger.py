@@ -116,6 +116,7 @@ def _record_json(record: StepRecord) -> dict[str, Any]:
         "models": list(record.after.models),
         "changes": record.change.count,
         "summary": record.change.summary,
+        "details": list(record.change.details),
         "seconds": round(record.seconds, 4),
         "check_seconds": round(record.check_seconds, 4),
         "peak_bytes": record.peak_bytes,

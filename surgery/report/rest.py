@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.contract import RoleUse
-from surgery.recipe import Recipe, Step
+from surgery.recipe import Recipe, Step, has_path, with_paths
 from surgery.registry import module_file
 
 
@@ -51,11 +51,15 @@ def _can_run_again(step: Step, present: Sequence[str]) -> bool:
 def _with_absolute_files(raw: Any, step: Step, folder: Path) -> Any:
     if isinstance(raw, str):
         return _absolute_reference(raw, folder)
-    paths = {name: str(value) for name, value in step.pass_ if isinstance(value, Path) and name in raw}
-    raw = {**raw, **paths}
+    raw = {**raw, **{name: _plain_paths(value) for name, value in step.pass_ if name in raw and has_path(value)}}
     return {
         key: _absolute_reference(value, folder) if key in ("pass", "function") else value for key, value in raw.items()
     }
+
+
+def _plain_paths(value: Any) -> Any:
+    plain = with_paths(value, str)
+    return list(plain) if isinstance(plain, tuple) else plain
 
 
 def _absolute_reference(reference: Any, folder: Path) -> Any:

@@ -50,7 +50,7 @@ def answer(bundle: Bundle, prompts: Sequence[str], max_new_tokens: int, run: Run
     models = _callees(bundle, run)
     tokenizer = load_tokenizer(bundle)
     config = {**bundle.config, **bundle.generation_config}
-    rows = [_encode(tokenizer, prompt) for prompt in prompts]
+    rows = [encode(tokenizer, prompt) for prompt in prompts]
     ids, mask = left_padded(rows, config.get("pad_token_id") or 0)
     feeds = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": np.array(max_new_tokens)}
     sequences = greedy(models, feeds, config)["sequences"]
@@ -125,13 +125,18 @@ def _refuse_strange_names(role: str, model: ir.Model, fed: frozenset[str]) -> No
         raise Refused(f"check.prompts: no output of {role!r} is its {wanted!r}", hint=_NAMES)
 
 
-def _encode(tokenizer: Any, prompt: str) -> list[int]:
+def encode(tokenizer: Any, prompt: str, option: str = "check.prompts") -> list[int]:
+    """Return the ids of a prompt.
+
+    Raises:
+        RecipeError: The tokenizer cannot read it, or it has no tokens; `option` is where it stands.
+    """
     try:
         ids: list[int] = tokenizer.encode(prompt).ids
     except Exception as error:  # the library raises nothing more specific
-        raise RecipeError(f"check.prompts: the tokenizer cannot read {prompt!r}: {error}") from error
+        raise RecipeError(f"{option}: the tokenizer cannot read {prompt!r}: {error}") from error
     if not ids:
-        raise RecipeError(f"check.prompts: {prompt!r} has no tokens")
+        raise RecipeError(f"{option}: {prompt!r} has no tokens")
     return ids
 
 
@@ -150,20 +155,20 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np
     return ids, mask
 
 
-def load_tokenizer(bundle: Bundle) -> Any:
-    """Return the tokenizer that travels with a bundle.
+def load_tokenizer(bundle: Bundle, option: str = "check.prompts") -> Any:
+    """Return the tokenizer that travels with a bundle; `option` is what asks for it.
 
     Raises:
         RecipeError: There is none, or the library `tokenizers` is not installed.
     """
     content = bundle.files.get("tokenizer.json")
     if content is None:
-        raise RecipeError("check.prompts: the source has no tokenizer.json")
+        raise RecipeError(f"{option}: the source has no tokenizer.json")
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise RecipeError(
-            "check.prompts: the library 'tokenizers' is not installed", hint="pip install graph-surgery[transformers]"
+            f"{option}: the library 'tokenizers' is not installed", hint="pip install graph-surgery[transformers]"
         ) from error
     text = content.read_text(encoding="utf-8") if isinstance(content, Path) else content.decode()
     tokenizer = Tokenizer.from_str(text)

@@ -10,14 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from pydantic import ValidationError
 
 from passes.clean_casts import CleanCasts
 from surgery import Bundle, BundlePass, Change, Check, Context, Effect, Pipeline
 from surgery.accuracy.half import holds_half, lower_half
 from surgery.accuracy.half.assumptions import Assumption, assumption
+from surgery.accuracy.judge import Judge
 from surgery.accuracy.runners import ModelProgram
-from surgery.contract import edits
-from surgery.errors import StepFailed
+from surgery.claims import Claim
+from surgery.contract import Tolerance, edits
+from surgery.errors import StepFailed, SurgeryError
 from surgery.manager import Stopped
 from surgery.runtime.sessions import open_session
 from surgery.text import parse
@@ -322,6 +325,21 @@ def test_models_without_half_precision_are_known():
     )
 
 
+def test_a_result_that_nobody_asked_for_is_not_rounded():
+    ones = np.ones((2, 1, 1), np.float16)
+    found = run(
+        """
+        g (float16[2, 1, 1] x) => (float16[1, 1, 1] y)
+        <float16[1, 3, 1] w = {15360, 15360, 15360}, float16[1, 3, 1] r = {15360, 15360, 15360}>
+        {
+            "", y = GRU <hidden_size = 1> (x, w, r)
+        }
+        """,
+        x=ones,
+    )
+    assert 0 < found["y"].item() < 1
+
+
 def test_an_unknown_operator_is_named():
     graph = """
     <ir_version: 10, opset_import: ["" : 21, "their" : 1]>
@@ -406,3 +424,64 @@ def test_a_verdict_says_that_it_is_emulated():
     assert all(verdict is not None and "float16 emulated" in str(verdict.coverage["model"]) for verdict in verdicts)
     assert verdicts[1].step is not None
     assert verdicts[1].step.is_exact
+
+
+CUDA = "CUDAExecutionProvider"
+STANDING_IN = "AzureExecutionProvider"  # in every build for the CPU; it leaves all nodes to the CPU
+
+
+@pytest.mark.skipif(STANDING_IN not in onnxruntime.get_available_providers(), reason=f"no {STANDING_IN} here")
+def test_a_provider_is_judged_under_its_own_name_beside_the_emulation():
+    """The provider that stands in computes no float16, so it shows what the emulation exists for."""
+    free = Check(max_error=0.1, p999_error=0.1).model_copy(update={"provider": STANDING_IN})
+    with pytest.raises(Stopped, match=r"^step 1 \(halve\): model: output 'y' is -?inf, not"):
+        Pipeline([Halve()], free).run(Bundle({"model": parse(WHOLE)}))
+    small = parse(WHOLE.replace("{1000}", "{10}").replace("{0.001}", "{0.1}"))
+    with closing(judge_of(small, free)) as judge:
+        halved = parse(HALVED.replace("{25552}", "{18688}").replace("{5145}", "{11878}"))
+        before, after = Bundle({"model": small}), Bundle({"model": halved})
+        verdict = judge.judge(before, after, [Claim.same("model")], Effect.CLOSE, Tolerance(max_error=0.1))
+    assert "float16 emulated" in str(verdict.coverage["model"])
+    assert f"float16 {STANDING_IN}" in str(verdict.coverage[f"model on {STANDING_IN}"])
+    assert {"model.y", f"model on {STANDING_IN}.y"} == set(verdict.outputs)
+
+
+def judge_of(model: ir.Model, check: Check) -> Judge:
+    return Judge(Bundle({"model": model}), check)
+
+
+def test_a_model_without_half_precision_is_not_run_on_the_provider():
+    check = Check().model_copy(update={"provider": CUDA})
+    model = parse("g (float[n] x) => (float[n] y) { a = Neg(x)  y = Neg(a) }")
+    with closing(judge_of(model, check)) as judge:
+        verdict = judge.judge(*(Bundle({"model": model}),) * 2, [Claim.same("model")], Effect.EXACT, Tolerance())
+    assert set(verdict.outputs) == {"model.y"}
+
+
+@pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="there is a CUDA provider")
+def test_a_provider_that_is_not_there_is_said():
+    free = Check(max_error=9, p999_error=9, provider=CUDA)
+    with closing(judge_of(parse(WHOLE), free)) as judge, pytest.raises(SurgeryError, match=CUDA):
+        judge.judge(
+            Bundle({"model": parse(WHOLE)}),
+            Bundle({"model": parse(HALVED)}),
+            [Claim.same("model")],
+            Effect.CLOSE,
+            Tolerance(),
+        )
+
+
+def test_the_cpu_is_no_provider_of_half_precision():
+    with pytest.raises(ValidationError, match=CUDA):
+        Check(provider="CPUExecutionProvider")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="no CUDA provider here")
+def test_a_gpu_computes_what_the_emulation_says():
+    random = np.random.default_rng(0)
+    model = parse(HALVED)
+    x = random.standard_normal((64, 4)).astype(np.float32)
+    emulated = ModelProgram(model).run({"x": x})["y"]
+    real = ModelProgram(model, "CUDAExecutionProvider").run({"x": x})["y"]
+    np.testing.assert_array_equal(emulated, real)

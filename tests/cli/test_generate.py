@@ -14,6 +14,9 @@ import pytest
 from click.testing import Result
 from models import generic
 
+from passes.audit_ranges import AuditRanges
+from passes.cast_fp16 import CastFp16
+from surgery.pipeline import Pipeline
 from surgery.storage import save_models
 
 Call = Callable[..., Result]
@@ -29,6 +32,14 @@ def test_a_prompt_is_continued_and_nothing_else_is_printed(adder: Path, call: Ca
 
 def test_a_merged_decoder_gives_the_same_text(merged_adder: Path, call: Call) -> None:
     assert call("generate", merged_adder, "--prompt", SUM).stdout == f"{ANSWER}\n"
+
+
+def test_half_precision_on_the_cpu_is_said_to_be_none(adder: Path, call: Call, tmp_path: Path) -> None:
+    with Pipeline([AuditRanges(rounds=1), CastFp16(refine=False)], check=None).run(adder) as result:
+        result.save(tmp_path / "half")
+    done = call("generate", tmp_path / "half", "--prompt", SUM)
+    assert done.stdout == f"{ANSWER}\n"
+    assert done.stderr == "note: on the CPU float16 is computed in float32; a GPU may answer otherwise\n"
 
 
 @pytest.mark.long

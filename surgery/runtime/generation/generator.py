@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from surgery.accuracy.half import holds_half
 from surgery.bundle import Bundle
 from surgery.errors import Refused, SurgeryError
 from surgery.runtime.bound import one_torch_thread
@@ -84,6 +85,8 @@ class Generator(GenerationMixin):  # type: ignore[misc]
         self.generation_config = generation_config_of(bundle)
         sessions = {role: _open(model, threads, providers, prepacking) for role, model in models.items()}
         self.device = _device(next(reversed(sessions.values())))
+        self.is_widened = self.device.type == "cpu" and any(map(holds_half, models.values()))
+        """Half precision is computed in float32, as ONNX Runtime does on the CPU; a GPU may answer otherwise."""
         encoder = sessions.pop("encoder", None)
         self._encoder = Encoder(encoder, self.device) if encoder is not None else None
         if self._encoder is not None:
