@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from measure import Measurement, measure, median, ratio, rounds
-from models import CACHE, bytes_of, two_decoders
+from models import CACHE, bytes_of, exported, pretrained_t5_base, two_decoders
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 RESULTS = HERE / "results"
-T5_BASE = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
 FORMS = {"single": "single files", "external": "external data"}
 OURS, OPTIMUM, COPY = "surgery --no-check", "Optimum", "cp of our output"
 FILES = ("decoder_model.onnx", "decoder_with_past_model.onnx")
@@ -86,28 +85,7 @@ def decoders(name: str, form: str) -> Path:
 
 def t5_base() -> Path:
     """Return a folder with T5-base exported, each decoder with a copy of all its weights."""
-    folder = CACHE / "t5-base-two"
-    if not folder.exists():
-        import torch
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        from surgery.recipe import Source
-        from surgery.sources import find_source
-        from surgery.storage import save_models
-
-        torch.manual_seed(0)
-        pretrained, scratch = CACHE / "t5-base", CACHE / "t5-base-scratch"
-        model = T5ForConditionalGeneration(T5Config(**T5_BASE, decoder_start_token_id=0))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-        model.save_pretrained(pretrained)
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        opened = find_source(Source(path=str(pretrained)), Path()).open(scratch, print)
-        save_models(opened.bundle.models, folder, layout="optimum", extras=opened.bundle.files)
-        shutil.rmtree(scratch)
-    return folder
+    return exported(pretrained_t5_base(), CACHE / "t5-base-two")
 
 
 def measured(source: Path, options: argparse.Namespace) -> dict[str, Any]:

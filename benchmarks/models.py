@@ -14,6 +14,7 @@ from surgery.storage import save_model, save_models
 
 CACHE = Path(__file__).parent / ".cache"
 SIZES = {"gpt2": {}, "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20}}
+T5_BASE = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12}
 
 
 def pretrained_gpt2(name: str) -> Path:
@@ -36,17 +37,47 @@ def pretrained_gpt2(name: str) -> Path:
     return folder
 
 
-def two_decoders(name: str) -> Path:
-    """Return a folder with prefill and decode as Optimum lays them out: each with a copy of all the weights."""
-    folder = CACHE / f"{name}-two"
+def pretrained_t5_base() -> Path:
+    """Return a Hugging Face folder of T5-base with random weights, in norms too."""
+    folder = CACHE / "t5-base"
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**T5_BASE, decoder_start_token_id=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    draft = folder.with_suffix(".tmp")
+    model.save_pretrained(draft)
+    draft.rename(folder)
+    return folder
+
+
+def exported(pretrained: Path, folder: Path, *roles: str) -> Path:
+    """Return a folder with the models of a Hugging Face folder, each with a copy of all its weights, and its configs.
+
+    Args:
+        pretrained: The Hugging Face folder.
+        folder: Where the models are, or will be.
+        roles: Only these; all of them without one.
+    """
     if not folder.exists():
-        scratch = CACHE / f"{name}-scratch"
+        scratch = folder.with_suffix(".scratch")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        opened = find_source(Source(path=str(pretrained_gpt2(name))), Path()).open(scratch, print)
-        save_models(opened.bundle.models, folder, layout="optimum", extras=opened.bundle.files)
+        bundle = find_source(Source(path=str(pretrained)), Path()).open(scratch, print).bundle
+        models = {role: bundle[role] for role in roles or bundle.models}
+        save_models(models, folder, layout="optimum", extras=bundle.files)
         shutil.rmtree(scratch)
     return folder
+
+
+def two_decoders(name: str) -> Path:
+    """Return a folder with prefill and decode as Optimum lays them out: each with a copy of all the weights."""
+    return exported(pretrained_gpt2(name), CACHE / f"{name}-two")
 
 
 def with_a_twin(name: str, layout: str) -> Path:
