@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx.defs import SchemaError, get_schema
 
-from surgery.graphs import bodies_of as bodies_of
+from surgery.graphs import bodies_of
 from surgery.runtime.schemas import Operator, newest, runtime_schemas
 
 Type = ir.TypeProtocol

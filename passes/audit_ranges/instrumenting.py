@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from passes.audit_ranges.keys import key_of_value, keyed_values, named_bodies, scope_name
+from passes.audit_ranges.keys import key_of_value, keyed_values, scope_name
 from surgery.accuracy.half import holds_half, lower_half
 from surgery.accuracy.half.assumptions import Assumption, assumption
-from surgery.element_types import Definitions, bodies_of, infer_types
+from surgery.element_types import Definitions, infer_types
 from surgery.errors import Refused
-from surgery.graphs import graphs_of, value_names
+from surgery.graphs import bodies_of, graphs_of, named_bodies_of, value_names
 from surgery.templates import Template, numbered
 
 FLOAT = ir.DataType.FLOAT
@@ -361,7 +361,7 @@ class _Instrumenter:
                 f"nobody can see into {node.op_type!r} {node.name or node.outputs[0].name!r}",
                 hint="audit before the step that makes it, or leave this model out: models: [...]",
             )
-        inner = {name: self._graph(body, f"{path}{scope_name(node, name)}/") for name, body in named_bodies(node)}
+        inner = {name: self._graph(body, f"{path}{scope_name(node, name)}/") for name, body in named_bodies_of(node)}
         if node.op_type == "If":
             yield from self._branches(node, inner)
         elif inner["body"] is not None:

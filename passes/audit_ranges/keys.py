@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from surgery.graphs import named_bodies_of
+
 
 def key_of_value(value: ir.Value, path: str) -> str:
     """Return the key of a value in a graph at a path, `""` for the main graph."""
@@ -17,18 +19,11 @@ def scope_name(node: ir.Node, attribute: str) -> str:
     return f"{node.name or node.outputs[0].name}.{attribute}"
 
 
-def named_bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
-    """Yield the bodies of a node with the names of their attributes."""
-    for name, attribute in node.attributes.items():
-        if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
-            yield name, attribute.as_graph()
-
-
 def keyed_values(graph: ir.Graph, path: str = "") -> Iterator[tuple[str, ir.Value]]:
     """Yield the inputs of a main graph, and what nodes of it and its bodies give, with their keys."""
     if not path:
         yield from ((key_of_value(value, path), value) for value in graph.inputs)
     for node in graph:
-        for attribute, body in named_bodies(node):
+        for attribute, body in named_bodies_of(node):
             yield from keyed_values(body, f"{path}{scope_name(node, attribute)}/")
         yield from ((key_of_value(value, path), value) for value in node.outputs)

@@ -8,8 +8,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from passes.audit_ranges.keys import key_of_value, named_bodies, scope_name
-from surgery.element_types import bodies_of
+from passes.audit_ranges.keys import key_of_value, scope_name
+from surgery.graphs import bodies_of, named_bodies_of
 
 Kind = Literal["activation", "position", "constant"]
 
@@ -90,7 +90,7 @@ class _Finder:
         return value is not None and value.dtype in FLOATS and self._given(value).kind == "constant"
 
     def _bodies(self, node: ir.Node, path: str) -> None:
-        bodies = dict(named_bodies(node))
+        bodies = dict(named_bodies_of(node))
         while True:  # a loop's state may turn from one kind into the next
             before = dict(self._of)
             for name, body in bodies.items():

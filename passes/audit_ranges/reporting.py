@@ -15,10 +15,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from passes.audit_ranges.keys import key_of_value, named_bodies, scope_name
+from passes.audit_ranges.keys import key_of_value, scope_name
 from passes.audit_ranges.ranges import LARGEST, Range, Ranges
 from passes.audit_ranges.reasons import HEADROOM, WORST_ERROR, Case, Reason, error_share, hides, number, reason_of
-from surgery.element_types import bodies_of
+from surgery.graphs import bodies_of, named_bodies_of
 from surgery.report.inspection.layers import layer_of_path, module_of
 from surgery.storage import write_file
 
@@ -175,7 +175,7 @@ def _places(model: ir.Model) -> Iterator[tuple[str, ir.Value, str]]:
 
 def _places_in(graph: ir.Graph, path: str) -> Iterator[tuple[str, ir.Value, str]]:
     for node in graph:
-        for name, body in named_bodies(node):
+        for name, body in named_bodies_of(node):
             yield from _places_in(body, f"{path}{scope_name(node, name)}/")
         layer = _layer_of(node)
         for value in node.outputs:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from passes.audit_ranges import Range, Ranges
-from passes.audit_ranges.keys import key_of_value, keyed_values, named_bodies, scope_name
+from passes.audit_ranges.keys import key_of_value, keyed_values, scope_name
 from passes.audit_ranges.ranges import LARGEST, WHOLE_UP_TO, joined
 from passes.cast_fp16.casting import KEPT
 from passes.cast_fp16.cutting import Place
@@ -20,7 +20,7 @@ from passes.cast_fp16.places import BORN, Joint, Map, computes, is_float, is_neu
 from passes.cast_fp16.positions import cut_otherwise
 from passes.cast_fp16.weights import Facts, Survey, constant_of
 from surgery.errors import RecipeError
-from surgery.graphs import bodies_of, graphs_of
+from surgery.graphs import bodies_of, graphs_of, named_bodies_of
 from surgery.options import did_you_mean
 
 _INTEGERS = frozenset(getattr(ir.DataType, f"{sign}INT{bits}") for sign in ("", "U") for bits in (4, 8, 16, 32, 64))
@@ -475,7 +475,7 @@ def _with_bodies(node: ir.Node) -> frozenset[Place]:
 def _nodes_with_keys(graph: ir.Graph, path: str) -> Iterator[tuple[ir.Node, list[str]]]:
     for node in graph:
         yield node, [key_of_value(value, path) for value in node.outputs] + [value.name or "" for value in node.outputs]
-        for name, body in named_bodies(node):
+        for name, body in named_bodies_of(node):
             yield from _nodes_with_keys(body, f"{path}{scope_name(node, name)}/")
 
 
