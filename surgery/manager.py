@@ -133,11 +133,6 @@ class StepRecord:
         return self.number == 0
 
     @property
-    def stamp(self) -> str:
-        """The step as the metadata of nodes call it."""
-        return f"{self.word} (step {self.number})"
-
-    @property
     def name(self) -> str:
         """The step as errors call it."""
         return "the source" if self.is_source else f"step {self.number} ({self.word})"
@@ -240,7 +235,7 @@ class Manager:
         record.judged = self.judge.calls - calls
         record.change = outcome.change
         if record.change.count:
-            stamp(record.before.models, record.after.models, record.stamp)
+            stamp(record.before.models, record.after.models, f"{record.word} (step {record.number})")
         record.claims = all_claims(pass_, record.before, record.after)
         if not tuple(facts) and not outcome.facts:
             return facts
@@ -251,8 +246,6 @@ class Manager:
         def judge(candidate: object) -> Verdict:
             models = candidate.models if isinstance(candidate, Bundle) else {**record.after.models, role: candidate}
             after = Bundle(models, record.before.config, record.before.generation_config)  # type: ignore[arg-type]
-            # As it will be stamped when the pass returns it: then the verdict on the step is known already.
-            stamp(record.before.models, after.models, record.stamp)
             claims = all_claims(pass_, record.before, after)
             return self.judge.judge(record.before, after, claims, record.effect, record.tolerance)
 

@@ -53,8 +53,6 @@ def stamp(before: Mapping[str, ir.Model], after: Mapping[str, ir.Model], who: st
 
 def _note(node: ir.Node, key: str, who: str) -> None:
     earlier = node.metadata_props.get(key)
-    if earlier and earlier.split(", ")[-1] == who:
-        return
     node.metadata_props[key] = f"{earlier}, {who}" if earlier else who
 
 
